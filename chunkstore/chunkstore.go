@@ -1,0 +1,61 @@
+// Package chunkstore defines where chunks are kept and how they are read.
+//
+// A [Store] holds chunks under their IDs, each in its stored form: one zstd
+// frame, the content of a casync .cacnk file. Stores move stored bytes and
+// promise nothing about them; [Decode] turns them into plain bytes and is the
+// only place that trusts, by comparing them with the chunk's name. A
+// [Fetcher] puts a cache and stores behind one another and hands out only
+// verified bytes.
+package chunkstore
+
+import (
+	"context"
+	"errors"
+	"iter"
+
+	"github.com/container-bootfs/bootfs/index"
+)
+
+// ErrNotFound is wrapped by a Store's error when the store answers and does
+// not have the chunk. It decides that the next store is asked without a retry.
+var ErrNotFound = errors.New("chunk not found")
+
+// MaxStored bounds the stored form of a chunk, in bytes. A Store refuses more
+// before it allocates.
+const MaxStored = 16 << 20
+
+// Store reads chunks. It is safe for concurrent use.
+type Store interface {
+	// Get appends the stored form of chunk id to dst and returns the extended
+	// slice. The bytes are unverified. A failure is never remembered: the same
+	// call succeeds once the cause has healed.
+	Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error)
+	// Has reports whether Get would find the chunk.
+	Has(ctx context.Context, id index.ID) (bool, error)
+	// String names the store for messages, without credentials.
+	String() string
+}
+
+// Writer is a Store that takes chunks one at a time.
+type Writer interface {
+	Store
+	// Put stores frame, the stored form of chunk id. Once it returns, the chunk
+	// survives a power cut; until then a reader sees all of it or none.
+	Put(ctx context.Context, id index.ID, frame []byte) error
+}
+
+// Batcher is implemented by stores that read several chunks at less cost than
+// one by one.
+type Batcher interface {
+	// GetBatch calls yield with the stored form of each of ids, in any order;
+	// i is the place in ids and frame is valid until yield returns. It stops at
+	// the first error, its own or yield's.
+	GetBatch(ctx context.Context, ids []index.ID, yield func(i int, frame []byte) error) error
+}
+
+// Lister is implemented by stores that can enumerate what they hold.
+type Lister interface {
+	// List yields every chunk in the store, in any order. It stops after the
+	// first error.
+	List(ctx context.Context) iter.Seq2[index.ID, error]
+}

@@ -1,0 +1,51 @@
+// Package bootimage is the format of what stands in a boot image: the paths
+// below /.bootfs and the configuration that the boot binary reads there.
+package bootimage
+
+// Paths inside a boot image. All are absolute.
+const (
+	Dir           = "/.bootfs"
+	BootPath      = Dir + "/boot"         // the binary
+	ConfigPath    = Dir + "/config.json"  // Config
+	IndexPath     = Dir + "/rootfs.caibx" // package index
+	LocatorsPath  = Dir + "/rootfs.packs" // package registrystore; absent when Stores are loose
+	MetaPath      = Dir + "/rootfs.meta"  // package erofs: the front region of the root image
+	CachePath     = Dir + "/rootfs.castr" // node cache mount point
+	WritablePath  = Dir + "/rw"           // the volume of the writable layer
+	LowerPath     = Dir + "/lower"        // mount point of the root image
+	RootPath      = Dir + "/root"         // mount point of the writable root, before it becomes /
+	TmpPath       = Dir + "/tmp"          // mount point of a tmpfs, where the volume cannot serve
+	SecretsDir    = Dir + "/secrets"      // credentials that are bootfs's own
+	SecretsPrefix = "/run/secrets/bootfs" // the same, as Docker mounts secrets
+)
+
+// Version is the format version of Config. A boot binary refuses any other.
+const Version = 1
+
+// Config is the content of ConfigPath, as JSON.
+type Config struct {
+	Version int    `json:"version"` // Version
+	Profile string `json:"profile"` // cutting and layout parameters, "v1"
+
+	// IndexDigest is the SHA-256 of the index, "sha256:…". It names every byte
+	// of the root image, so it names the root.
+	IndexDigest string `json:"indexDigest"`
+	// Stores are tried in order, as addresses: "registry://host/repo",
+	// "/path". BLOB_STORE stands before them.
+	Stores []string `json:"stores"`
+	// XattrClasses lists the classes of extended attributes that occur in the
+	// root, sorted: "security", "system", "trusted", "user".
+	XattrClasses []string `json:"xattrClasses,omitempty"`
+	// Source is the image that was converted.
+	Source Source `json:"source"`
+}
+
+// Source describes the source image as its configuration had it.
+type Source struct {
+	Name       string   `json:"name,omitempty"`   // as given to the converter, without credentials
+	Digest     string   `json:"digest,omitempty"` // of its manifest
+	Entrypoint []string `json:"entrypoint,omitempty"`
+	Cmd        []string `json:"cmd,omitempty"`
+	User       string   `json:"user,omitempty"`
+	WorkingDir string   `json:"workingDir,omitempty"`
+}
