@@ -1,3 +1,12 @@
+// Package index reads and writes the list of the chunks that make up a root
+// image.
+//
+// An index is a casync .caibx file, so that casync can put an image together
+// from a loose store and this index. [Open] works on the file's bytes, mapped
+// or read: nothing is parsed in advance, and an image of a million chunks
+// opens as fast as an empty one. Ask [Index.Find] which chunk holds a byte and
+// [Index.At] for the chunk. Nothing in a damaged or hostile index makes them
+// panic or hand out a chunk of another size than declared.
 package index
 
 import (

@@ -1,0 +1,86 @@
+package chunkstore
+
+import (
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/container-bootfs/bootfs/chunker"
+	"github.com/container-bootfs/bootfs/index"
+)
+
+// CorruptError says that a store returned other bytes than those that a
+// chunk's name stands for.
+type CorruptError struct {
+	ID    index.ID
+	Where string // the store, or the place in it; empty until it is known
+	Got   string
+	Want  string
+}
+
+func (e *CorruptError) Error() string {
+	where := ""
+	if e.Where != "" {
+		where = " in " + e.Where
+	}
+	return fmt.Sprintf("chunk %s%s is corrupt: got %s, want %s", e.ID, where, e.Got, e.Want)
+}
+
+// encoder is made at first use, so that a program that only reads neither pays
+// for it nor links it. Chunks carry no checksum of zstd's: their name is one.
+var encoder = sync.OnceValue(func() *zstd.Encoder {
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithWindowSize(chunker.MaxSize))
+	if err != nil {
+		panic(err) // the options are constants
+	}
+	return e
+})
+
+// decoder works within the capacity that it is given: a frame that claims or
+// unpacks to more is refused, not allocated.
+var decoder = sync.OnceValue(func() *zstd.Decoder {
+	d, err := zstd.NewReader(nil, zstd.WithDecodeAllCapLimit(true), zstd.WithDecoderConcurrency(0))
+	if err != nil {
+		panic(err) // the options are constants
+	}
+	return d
+})
+
+// Encode appends the stored form of plain, one zstd frame that states its
+// content size, to dst. The same plain bytes give the same frame on every
+// machine.
+func Encode(dst, plain []byte) []byte {
+	return encoder().EncodeAll(plain, dst)
+}
+
+// Decode appends the plain bytes of chunk c, whose stored form frame is, to
+// dst. d names c. The bytes are those that c's name stands for, or the result
+// is dst and a *CorruptError. Nothing beyond c.Size is allocated, whatever the
+// frame says.
+func Decode(dst, frame []byte, d index.Digest, c index.Chunk) ([]byte, error) {
+	if c.Size < 1 || c.Size > chunker.MaxSize {
+		return dst, fmt.Errorf("chunk %s: got a size of %d bytes, want 1 to %d", c.ID, c.Size, chunker.MaxSize)
+	}
+	corrupt := func(got, want string) ([]byte, error) {
+		return dst, &CorruptError{ID: c.ID, Got: got, Want: want}
+	}
+	out := slices.Grow(dst, c.Size)
+	start := len(dst)
+	out, err := decoder().DecodeAll(frame, out[start:start:start+c.Size])
+	switch {
+	case errors.Is(err, zstd.ErrDecoderSizeExceeded):
+		return corrupt("more", fmt.Sprintf("%d bytes", c.Size))
+	case err != nil:
+		return corrupt(fmt.Sprintf("%d bytes that are no zstd frame (%v)", len(frame), err), fmt.Sprintf("%d bytes of plain content", c.Size))
+	case len(out) != c.Size:
+		return corrupt(fmt.Sprintf("%d bytes", len(out)), fmt.Sprintf("%d bytes", c.Size))
+	}
+	if id := d.Sum(out); id != c.ID {
+		return corrupt(d.String()+" "+hex.EncodeToString(id[:]), "that of its name")
+	}
+	return slices.Grow(dst, c.Size)[:start+c.Size], nil
+}

@@ -1,0 +1,450 @@
+// Package local keeps chunks in a directory, in casync's .castr layout: chunk
+// abcd… is the file abcd/abcd….cacnk. casync and desync read and write the same
+// directory.
+//
+// The directory may be a cache that others write to at the same time, crash
+// in, or fill with surprises. A chunk is there completely or not at all, also
+// after a power cut; whatever else stands in its place is an error at once,
+// never a wait. What the bytes are worth is the caller's to verify.
+package local
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/index"
+)
+
+const (
+	suffix   = ".cacnk"
+	shardLen = 4 // hex digits that name a chunk's subdirectory
+)
+
+// tempPrefix starts the name of a chunk that is being written. casync and
+// desync pass over hidden files and over those without suffix.
+const tempPrefix = ".tmp-"
+
+// ErrFull is wrapped by Put's error when the store holds as much as its limit
+// allows.
+var ErrFull = errors.New("store is full")
+
+// Store is a chunk store in a directory.
+type Store struct {
+	dir   *os.File // the directory; never replaced, so that renaming it does no harm
+	err   error    // why dir is nil
+	name  string
+	limit int64 // bytes of stored chunks, 0: none
+
+	mu   sync.Mutex
+	held int64 // bytes of stored chunks; -1 until they have been counted; only with a limit
+}
+
+// Option changes what New, Open or Create return.
+type Option func(*Store)
+
+// WithLimit makes Put fail with ErrFull once the store holds n bytes of stored
+// chunks. Other writers to the same directory are not counted after the first
+// Put: it is a bound for a private cache.
+func WithLimit(n int64) Option {
+	return func(s *Store) { s.limit = n }
+}
+
+// New returns the store in the directory that root holds. It keeps a
+// descriptor of its own and never follows a symbolic link out of or within it.
+func New(root *os.Root, opts ...Option) *Store {
+	dir, err := root.Open(".")
+	s := &Store{dir: dir, err: err, name: root.Name(), held: -1}
+	for _, o := range opts {
+		o(s)
+	}
+	return s
+}
+
+// Open returns the store in the existing directory dir.
+func Open(dir string, opts ...Option) (*Store, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("chunk store: %w", err)
+	}
+	defer root.Close()
+	s := New(root, opts...)
+	if s.err != nil {
+		return nil, fmt.Errorf("chunk store %s: %w", dir, s.err)
+	}
+	return s, nil
+}
+
+// Create is Open, and makes dir and its parents where they are missing.
+func Create(dir string, opts ...Option) (*Store, error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("chunk store: %w", err)
+	}
+	return Open(dir, opts...)
+}
+
+// Close releases the directory.
+func (s *Store) Close() error {
+	if s.err != nil {
+		return s.err
+	}
+	return s.dir.Close()
+}
+
+// String returns the directory's path.
+func (s *Store) String() string { return s.name }
+
+// openShard opens the subdirectory that holds id.
+func (s *Store) openShard(id index.ID) (int, error) {
+	if s.err != nil {
+		return -1, s.err
+	}
+	return openat(int(s.dir.Fd()), id.String()[:shardLen], unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+}
+
+// Get appends the stored form of chunk id to dst.
+func (s *Store) Get(_ context.Context, id index.ID, dst []byte) ([]byte, error) {
+	out, err := s.read(id, dst)
+	if err != nil {
+		return dst, s.chunkError("read", id, err)
+	}
+	return out, nil
+}
+
+func (s *Store) read(id index.ID, dst []byte) ([]byte, error) {
+	shard, err := s.openShard(id)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(shard)
+	// Without O_NONBLOCK, opening a FIFO would wait for its writer.
+	fd, err := openat(shard, id.String()+suffix, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if err := checkStat(&st); err != nil {
+		return nil, err
+	}
+	start := len(dst)
+	dst = slices.Grow(dst, int(st.Size))[:start+int(st.Size)]
+	for n := start; n < len(dst); {
+		m, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, dst[n:]) })
+		if err != nil {
+			return nil, err
+		}
+		if m == 0 {
+			return nil, fmt.Errorf("got %d bytes, want %d: %w", n-start, st.Size, io.ErrUnexpectedEOF)
+		}
+		n += m
+	}
+	return dst, nil
+}
+
+// Has reports whether chunk id is there, as a file that may be one.
+func (s *Store) Has(_ context.Context, id index.ID) (bool, error) {
+	_, err := s.stat(id)
+	if err != nil && !isAny(err, unix.ENOENT) && !errors.Is(err, errNoChunk) {
+		return false, s.chunkError("look for", id, err)
+	}
+	return err == nil, nil
+}
+
+func (s *Store) stat(id index.ID) (*unix.Stat_t, error) {
+	shard, err := s.openShard(id)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(shard)
+	var st unix.Stat_t
+	if err := unix.Fstatat(shard, id.String()+suffix, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+		return nil, err
+	}
+	return &st, checkStat(&st)
+}
+
+// errNoChunk is wrapped when a file stands in a chunk's place that cannot be one.
+var errNoChunk = errors.New("not a stored chunk")
+
+// checkStat says why a file cannot be a chunk.
+func checkStat(st *unix.Stat_t) error {
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return fmt.Errorf("%w: got file type %#o, want a regular file", errNoChunk, st.Mode&unix.S_IFMT)
+	}
+	if st.Size < 1 || st.Size > chunkstore.MaxStored {
+		return fmt.Errorf("%w: got %d bytes, want 1 to %d", errNoChunk, st.Size, chunkstore.MaxStored)
+	}
+	return nil
+}
+
+// Put stores frame as chunk id, over whatever stands there: that is how
+// damage heals.
+func (s *Store) Put(ctx context.Context, id index.ID, frame []byte) error {
+	if len(frame) < 1 || len(frame) > chunkstore.MaxStored {
+		return s.chunkError("write", id, fmt.Errorf("got %d bytes, want 1 to %d", len(frame), chunkstore.MaxStored))
+	}
+	if err := s.reserve(ctx, int64(len(frame))); err != nil {
+		return s.chunkError("write", id, err)
+	}
+	if err := s.write(ctx, id, frame); err != nil {
+		s.release(int64(len(frame)))
+		return s.chunkError("write", id, err)
+	}
+	return nil
+}
+
+func (s *Store) write(ctx context.Context, id index.ID, frame []byte) error {
+	if s.err != nil {
+		return s.err
+	}
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	name := id.String()
+	temp := tempPrefix + rand.Text()
+	shard, fd, err := s.createTemp(name[:shardLen], temp)
+	if err != nil {
+		return err
+	}
+	defer shard.Close()
+	at := int(shard.Fd())
+	if err = writeSync(fd, frame); err == nil {
+		err = unix.Renameat(at, temp, at, name+suffix)
+	}
+	if err == unix.EISDIR {
+		// Somebody put a directory in the chunk's place.
+		if err = unix.Unlinkat(at, name+suffix, unix.AT_REMOVEDIR); err == nil {
+			err = unix.Renameat(at, temp, at, name+suffix)
+		}
+	}
+	if err != nil {
+		unix.Unlinkat(at, temp, 0)
+		return err
+	}
+	// Until the directory is on disk, the chunk has no name there.
+	return syncDir(shard)
+}
+
+// createTemp makes the file temp in the subdirectory shard, which it makes too
+// if need be, and returns both.
+func (s *Store) createTemp(shard, temp string) (dir *os.File, fd int, err error) {
+	const tries = 4
+	for range tries {
+		err = unix.Mkdirat(int(s.dir.Fd()), shard, 0o755)
+		switch err {
+		case nil:
+			// The new subdirectory must not be lost with the chunk in it.
+			if err := syncDir(s.dir); err != nil {
+				return nil, -1, err
+			}
+		case unix.EEXIST:
+		default:
+			return nil, -1, err
+		}
+		dir, err = s.openDir(shard)
+		if isAny(err, unix.ENOTDIR, unix.ELOOP) {
+			// Somebody put a file or a link in the subdirectory's place.
+			unix.Unlinkat(int(s.dir.Fd()), shard, 0)
+			continue
+		}
+		if err == nil {
+			fd, err = openat(int(dir.Fd()), temp, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL, 0o444)
+			if err == nil {
+				return dir, fd, nil
+			}
+			dir.Close()
+		}
+		// casync gc removes a subdirectory that it finds empty. That may happen
+		// after it was made and before a file is in it.
+		if err != unix.ENOENT {
+			break
+		}
+	}
+	return nil, -1, err
+}
+
+// syncDir makes the names in a directory durable, on file systems that can.
+func syncDir(dir *os.File) error {
+	if err := dir.Sync(); err != nil && !isAny(err, unix.EINVAL, unix.ENOTSUP) {
+		return err
+	}
+	return nil
+}
+
+// writeSync writes frame and closes fd. The fsync comes before the rename:
+// otherwise a power cut may leave the chunk's name with no bytes behind it.
+func writeSync(fd int, frame []byte) error {
+	f := os.NewFile(uintptr(fd), "")
+	_, err := f.Write(frame)
+	if err == nil {
+		err = f.Sync()
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	return err
+}
+
+// reserve counts n bytes against the limit.
+func (s *Store) reserve(ctx context.Context, n int64) error {
+	if s.limit == 0 {
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.held < 0 {
+		held, err := s.count(ctx)
+		if err != nil {
+			return fmt.Errorf("count what is there: %w", err)
+		}
+		s.held = held
+	}
+	if s.held+n > s.limit {
+		return fmt.Errorf("%w: %d of %d bytes are taken, %d more are wanted", ErrFull, s.held, s.limit, n)
+	}
+	s.held += n
+	return nil
+}
+
+func (s *Store) release(n int64) {
+	if s.limit == 0 {
+		return
+	}
+	s.mu.Lock()
+	s.held -= n
+	s.mu.Unlock()
+}
+
+// count returns the bytes of all chunks.
+func (s *Store) count(ctx context.Context) (int64, error) {
+	var sum int64
+	for e, err := range s.entries(ctx) {
+		if err != nil {
+			return 0, err
+		}
+		sum += e.size
+	}
+	return sum, nil
+}
+
+// List yields every chunk. Files that are none are passed over.
+func (s *Store) List(ctx context.Context) iter.Seq2[index.ID, error] {
+	return func(yield func(index.ID, error) bool) {
+		for e, err := range s.entries(ctx) {
+			if err != nil {
+				yield(index.ID{}, fmt.Errorf("chunk store %s: list: %w", s.name, err))
+				return
+			}
+			if !yield(e.id, nil) {
+				return
+			}
+		}
+	}
+}
+
+// entry is a chunk that is there.
+type entry struct {
+	id   index.ID
+	size int64 // stored, bytes
+}
+
+// entries yields every chunk, and stops after the first error.
+func (s *Store) entries(ctx context.Context) iter.Seq2[entry, error] {
+	return func(yield func(entry, error) bool) {
+		shards, err := s.names(".")
+		if err != nil {
+			yield(entry{}, err)
+			return
+		}
+		for _, shard := range shards {
+			if err := ctx.Err(); err != nil {
+				yield(entry{}, err)
+				return
+			}
+			if len(shard) != shardLen {
+				continue
+			}
+			files, err := s.names(shard)
+			if isAny(err, unix.ENOENT, unix.ENOTDIR, unix.ELOOP) {
+				continue // removed meanwhile, or none of ours
+			}
+			if err != nil {
+				yield(entry{}, err)
+				return
+			}
+			for _, file := range files {
+				id, err := index.ParseID(strings.TrimSuffix(file, suffix))
+				if err != nil || file != id.String()+suffix || file[:shardLen] != shard {
+					continue
+				}
+				if st, err := s.stat(id); err == nil && !yield(entry{id, st.Size}, nil) {
+					return
+				}
+			}
+		}
+	}
+}
+
+// names lists a directory of the store, in no particular order.
+func (s *Store) names(dir string) ([]string, error) {
+	if s.err != nil {
+		return nil, s.err
+	}
+	f, err := s.openDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return f.Readdirnames(-1)
+}
+
+// chunkError adds what was done to which file.
+func (s *Store) chunkError(did string, id index.ID, err error) error {
+	if isAny(err, unix.ENOENT) && did != "write" {
+		err = chunkstore.ErrNotFound
+	}
+	name := id.String()
+	return fmt.Errorf("%s chunk %s: %w", did, filepath.Join(s.name, name[:shardLen], name+suffix), err)
+}
+
+// openDir opens a directory of the store, but no symbolic link to one.
+func (s *Store) openDir(name string) (*os.File, error) {
+	fd, err := openat(int(s.dir.Fd()), name, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return nil, err
+	}
+	return os.NewFile(uintptr(fd), filepath.Join(s.name, name)), nil
+}
+
+// openat is openat(2), close-on-exec and tried again when a signal came.
+func openat(dir int, name string, flags int, perm uint32) (int, error) {
+	return ignoringEINTR(func() (int, error) { return unix.Openat(dir, name, flags|unix.O_CLOEXEC, perm) })
+}
+
+func ignoringEINTR(f func() (int, error)) (int, error) {
+	for {
+		n, err := f()
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+func isAny(err error, errnos ...unix.Errno) bool {
+	return slices.ContainsFunc(errnos, func(e unix.Errno) bool { return errors.Is(err, e) })
+}
