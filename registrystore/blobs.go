@@ -1,0 +1,144 @@
+package registrystore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+)
+
+// Blobs reads ranges of blobs by digest. It is safe for concurrent use.
+type Blobs interface {
+	// Range reads n bytes of the blob from byte off on: the reader gives
+	// exactly these, or an *Error. Cancelling ctx ends it too. It must be
+	// closed.
+	Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error)
+	// String names the place for messages, without credentials.
+	String() string
+}
+
+// Error is a failed read of a blob.
+type Error struct {
+	Place  string // Blobs.String
+	Digest string // of the blob
+	Status int    // HTTP status that the failure stands for, 0 if none
+	Err    error
+
+	temporary bool
+	after     time.Duration
+}
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("blob %s in %s: %v", e.Digest, e.Place, e.Err)
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Temporary reports whether the same read may succeed a little later, with
+// nothing changed by anybody.
+func (e *Error) Temporary() bool { return e.temporary }
+
+// RetryAfter returns how long the place asked to be left alone, 0 if it did
+// not say.
+func (e *Error) RetryAfter() time.Duration { return e.after }
+
+// ReadRange appends n bytes of a blob from byte off on to dst. On an error it
+// returns dst with the bytes that came before it.
+func ReadRange(ctx context.Context, b Blobs, digest string, off, n int64, dst []byte) ([]byte, error) {
+	r, err := b.Range(ctx, digest, off, n)
+	if err != nil {
+		return dst, err
+	}
+	defer r.Close()
+	dst = slices.Grow(dst, int(n))
+	got, err := io.ReadFull(r, dst[len(dst):len(dst)+int(n)])
+	return dst[:len(dst)+got], err
+}
+
+// checkDigest refuses what is not a SHA-256 digest, before it becomes part of
+// a path or URL.
+func checkDigest(digest string) error {
+	digits, ok := strings.CutPrefix(digest, "sha256:")
+	if !ok || len(digits) != 64 || strings.Trim(digits, "0123456789abcdef") != "" {
+		return fmt.Errorf("digest %.100q, want sha256: and 64 hex digits", digest)
+	}
+	return nil
+}
+
+// checkRange refuses what a slice could not hold.
+func checkRange(digest string, off, n int64) error {
+	if err := checkDigest(digest); err != nil {
+		return err
+	}
+	if off < 0 || n < 0 || off > math.MaxInt64-n || n > math.MaxInt {
+		return fmt.Errorf("%d bytes at %d", n, off)
+	}
+	return nil
+}
+
+// NewLayoutBlobs reads from the OCI layout in directory dir.
+func NewLayoutBlobs(dir string) Blobs { return layoutBlobs(dir) }
+
+type layoutBlobs string
+
+func (l layoutBlobs) String() string { return "oci:" + string(l) }
+
+func (l layoutBlobs) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
+	fail := func(err error) error { return &Error{Place: l.String(), Digest: digest, Err: err} }
+	if err := checkRange(digest, off, n); err != nil {
+		return nil, fail(err)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fail(err)
+	}
+	// A layout may be on a shared volume: neither a FIFO nor a symbolic link
+	// in the place of a blob is followed.
+	name := filepath.Join(string(l), "blobs", "sha256", strings.TrimPrefix(digest, "sha256:"))
+	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fail(fmt.Errorf("%w: no such blob in the layout", chunkstore.ErrNotFound))
+	}
+	if err != nil {
+		return nil, fail(err)
+	}
+	info, err := f.Stat()
+	switch {
+	case err != nil:
+	case !info.Mode().IsRegular():
+		err = fmt.Errorf("%s is not a regular file", name)
+	case off+n > info.Size():
+		err = fmt.Errorf("%d bytes at %d of a blob of %d", n, off, info.Size())
+	}
+	if err != nil {
+		f.Close()
+		return nil, fail(err)
+	}
+	return &fileRange{SectionReader: io.NewSectionReader(f, off, n), file: f, fail: fail}, nil
+}
+
+// fileRange is a range of an open file.
+type fileRange struct {
+	*io.SectionReader
+	file *os.File
+	fail func(error) error
+}
+
+func (r *fileRange) Read(p []byte) (int, error) {
+	n, err := r.SectionReader.Read(p)
+	if err != nil && err != io.EOF {
+		err = r.fail(err)
+	}
+	return n, err
+}
+
+func (r *fileRange) Close() error { return r.file.Close() }

@@ -1,0 +1,596 @@
+package registrystore
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+)
+
+const (
+	// defaultStall is how long a response may make no progress. It is well
+	// below the deadline of a read, so that a new connection gets its chance.
+	defaultStall = 10 * time.Second
+	// minProgress is what a response must bring within that time to count as
+	// alive, in bytes.
+	minProgress = 16 << 10
+	// maxSkip bounds what is read and thrown away where a registry answers
+	// with the whole blob, in bytes.
+	maxSkip = MaxPack
+
+	maxRedirects = 10
+)
+
+// RemoteOptions says how a registry is reached. The zero value fits a public
+// one.
+type RemoteOptions struct {
+	// Insecure allows plain HTTP to hosts other than the loopback ones, as
+	// "registry+http://" does.
+	Insecure bool
+	// Keychain finds credentials; nil is those that docker and podman use. It
+	// is asked when the registry asks, and again when what it gave is refused.
+	Keychain authn.Keychain
+	// Transport makes the connections; nil is one made for this Blobs.
+	Transport http.RoundTripper
+	// Stall is how long a response may make no progress; 0 is 10 s.
+	Stall time.Duration
+}
+
+// remote reads blobs of one repository.
+type remote struct {
+	repo     name.Repository
+	address  string
+	keychain authn.Keychain
+	base     http.RoundTripper
+	hangUp   func() // closes connections that nobody uses
+	stall    time.Duration
+
+	session atomic.Pointer[session]
+	login   chan struct{} // a lock around renewals, which a waiter can leave
+}
+
+// session is how the registry wants to be spoken to: by which scheme, and
+// with which credentials. Until the registry asks for some there are none.
+type session struct {
+	scheme    string
+	transport http.RoundTripper
+}
+
+// NewRemote reads blobs of the repository at address: "registry://host/repo",
+// or "registry+http://host/repo" where the registry speaks plain HTTP on
+// another host than the loopback. It does not connect yet.
+func NewRemote(address string, o RemoteOptions) (Blobs, error) {
+	rest, ok := strings.CutPrefix(address, "registry://")
+	if !ok {
+		if rest, ok = strings.CutPrefix(address, "registry+http://"); !ok {
+			return nil, fmt.Errorf("store %q: want registry://host/repository", withoutUser(address))
+		}
+		o.Insecure = true
+	}
+	repo, err := parseRepository(rest, o.Insecure)
+	if err != nil {
+		return nil, fmt.Errorf("store %q: %w", withoutUser(address), err)
+	}
+	r := &remote{
+		repo:     repo,
+		address:  address,
+		keychain: o.Keychain,
+		base:     o.Transport,
+		hangUp:   func() {},
+		stall:    o.Stall,
+		login:    make(chan struct{}, 1),
+	}
+	if r.keychain == nil {
+		r.keychain = authn.DefaultKeychain
+	}
+	if r.base == nil {
+		r.base = newTransport()
+	}
+	if t, ok := r.base.(interface{ CloseIdleConnections() }); ok {
+		r.hangUp = t.CloseIdleConnections
+	}
+	if r.stall == 0 {
+		r.stall = defaultStall
+	}
+	scheme := "http"
+	if !o.Insecure && !isLoopback(repo.RegistryStr()) {
+		scheme = "https"
+		r.base = secure{r.base}
+	}
+	r.base = transport.NewUserAgent(r.base, "bootfs")
+	r.session.Store(&session{scheme: scheme, transport: r.base})
+	return r, nil
+}
+
+// parseRepository reads "host/repo". Any name is a host here, also one that
+// docker would take for a namespace.
+func parseRepository(s string, insecure bool) (name.Repository, error) {
+	host, path, _ := strings.Cut(s, "/")
+	if host == "" || path == "" || strings.Contains(host, "@") {
+		return name.Repository{}, errors.New("want registry://host/repository")
+	}
+	opts := []name.Option{name.StrictValidation}
+	if insecure {
+		opts = append(opts, name.Insecure)
+	}
+	reg, err := name.NewRegistry(host, opts...)
+	if err != nil {
+		return name.Repository{}, err
+	}
+	if _, err := name.NewRepository("example.com/" + path); err != nil {
+		return name.Repository{}, err
+	}
+	return reg.Repo(path), nil
+}
+
+// secure keeps a connection that began with https from going on without.
+// go-containerregistry would fall back to http at private addresses, and a
+// token server could be named so; here the user has to say it.
+type secure struct{ inner http.RoundTripper }
+
+func (s secure) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.URL.Scheme != "https" {
+		return nil, errDowngrade
+	}
+	return s.inner.RoundTrip(req)
+}
+
+// withoutUser drops what may be a password from an address that is refused.
+func withoutUser(address string) string {
+	scheme, rest, ok := strings.Cut(address, "://")
+	if at := strings.LastIndexByte(rest, '@'); ok && at >= 0 && !strings.Contains(rest[:at], "/") {
+		return scheme + "://" + rest[at+1:]
+	}
+	return address
+}
+
+// isLoopback tells from the name whether host, with or without a port, is
+// this machine.
+func isLoopback(host string) bool {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	if ip := net.ParseIP(strings.Trim(host, "[]")); ip != nil {
+		return ip.IsLoopback()
+	}
+	return host == "localhost" || strings.HasSuffix(host, ".localhost")
+}
+
+func newTransport() *http.Transport {
+	return &http.Transport{
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+		TLSHandshakeTimeout:   10 * time.Second,
+		ExpectContinueTimeout: time.Second,
+		MaxIdleConnsPerHost:   parallelRequests,
+		IdleConnTimeout:       30 * time.Second,
+		DisableCompression:    true,
+		ForceAttemptHTTP2:     true,
+		// A connection that many requests share is given up when it dies; the
+		// requests on it would not notice.
+		HTTP2: &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 5 * time.Second},
+	}
+}
+
+func (r *remote) String() string { return r.address }
+
+func (r *remote) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
+	q := &request{remote: r, digest: digest, off: off, n: n}
+	if err := checkRange(digest, off, n); err != nil {
+		return nil, q.fail(err)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, q.fail(err)
+	}
+	if n == 0 {
+		return http.NoBody, nil
+	}
+	q.ctx, q.cancel = context.WithCancelCause(ctx)
+	q.watch(r.stall)
+	if err := q.open(); err != nil {
+		err = q.fail(err)
+		q.Close()
+		return nil, err
+	}
+	return q, nil
+}
+
+// request is one request for a range, and the reader of its response.
+type request struct {
+	remote *remote
+	digest string
+	off, n int64
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	dog    *time.Timer   // cancels ctx when the response stalls
+	budget time.Duration // what the dog has left of the stall time
+	gained int64         // bytes since the budget was full
+
+	body io.ReadCloser
+	left int64 // bytes of the range that are still to come
+	err  error // sticky: what Read returned
+}
+
+var errStalled = errors.New("stalled")
+
+// watch starts the dog with a full budget.
+func (q *request) watch(budget time.Duration) {
+	q.budget, q.gained = budget, 0
+	q.dog = time.AfterFunc(budget, func() { q.cancel(errStalled) })
+}
+
+// open sends the request and checks the response up to its first byte.
+func (q *request) open() error {
+	resp, err := q.send()
+	if err != nil {
+		return err
+	}
+	skip, err := q.check(resp)
+	if err != nil {
+		resp.Body.Close()
+		return err
+	}
+	q.dog.Stop()
+	q.budget = q.remote.stall
+	q.body, q.left = resp.Body, q.n
+	for buf := make([]byte, min(skip, 64<<10)); skip > 0; {
+		n, err := q.pull(buf[:min(skip, int64(len(buf)))])
+		skip -= int64(n)
+		if err == io.EOF && skip > 0 {
+			err = io.ErrUnexpectedEOF
+		}
+		if err != nil && err != io.EOF {
+			return fmt.Errorf("whole blob instead of bytes %d-%d: %w", q.off, q.off+q.n-1, err)
+		}
+	}
+	return nil
+}
+
+// send gets a response, after a new login where the registry wants one.
+func (q *request) send() (*http.Response, error) {
+	for retried := false; ; retried = true {
+		s := q.remote.session.Load()
+		u := url.URL{Scheme: s.scheme, Host: q.remote.repo.RegistryStr(), Path: "/v2/" + q.remote.repo.RepositoryStr() + "/blobs/" + q.digest}
+		req, err := http.NewRequestWithContext(q.ctx, http.MethodGet, u.String(), nil)
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.off, q.off+q.n-1))
+		req.Header.Set("Accept-Encoding", "identity")
+		client := http.Client{Transport: s.transport, CheckRedirect: checkRedirect}
+		resp, err := client.Do(req)
+		if !retried && wantsLogin(s, resp, err, u.Host) {
+			if resp != nil {
+				resp.Body.Close()
+			}
+			if err := q.remote.renew(q.ctx, s); err != nil {
+				return nil, err
+			}
+			continue
+		}
+		return resp, err
+	}
+}
+
+// wantsLogin tells an answer that a new session may change: one that asks for
+// credentials or refuses those it got, which some registries do with 403, and
+// the 400 of a TLS server that was spoken to in plain HTTP.
+func wantsLogin(s *session, resp *http.Response, err error, host string) bool {
+	if err != nil {
+		var refused *transport.Error
+		return errors.As(err, &refused) && (refused.StatusCode == http.StatusUnauthorized || refused.StatusCode == http.StatusForbidden)
+	}
+	if resp.Request.URL.Host != host {
+		return false
+	}
+	switch resp.StatusCode {
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return true
+	case http.StatusBadRequest:
+		return s.scheme == "http"
+	}
+	return false
+}
+
+var (
+	errRedirects = fmt.Errorf("more than %d redirects", maxRedirects)
+	errDowngrade = errors.New("refused to go on from https to http")
+)
+
+func checkRedirect(req *http.Request, via []*http.Request) error {
+	if len(via) > maxRedirects {
+		return errRedirects
+	}
+	if req.URL.Scheme != "https" && via[len(via)-1].URL.Scheme == "https" {
+		return errDowngrade
+	}
+	return nil
+}
+
+// renew replaces session old by a new one, unless another request has done so
+// already: when a token expires, all running requests come here.
+func (r *remote) renew(ctx context.Context, old *session) error {
+	select {
+	case r.login <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	if r.session.Load() != old {
+		<-r.login
+		return nil
+	}
+	// A credential helper does not know of ctx: it is left to finish alone.
+	done := make(chan error, 1)
+	go func() {
+		defer func() { <-r.login }()
+		s, err := r.handshake(ctx)
+		if err == nil {
+			r.session.Store(s)
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (r *remote) handshake(ctx context.Context) (*session, error) {
+	auth, err := authn.Resolve(ctx, r.keychain, r.repo)
+	if err != nil {
+		return nil, fmt.Errorf("credentials for %s: %w", r.repo.RegistryStr(), err)
+	}
+	t, err := transport.NewWithContext(ctx, r.repo.Registry, auth, r.base, []string{r.repo.Scope(transport.PullScope)})
+	if err != nil {
+		return nil, err
+	}
+	// The handshake has found the scheme, and t sets it.
+	return &session{scheme: "https", transport: t}, nil
+}
+
+// check verifies that resp brings the range and returns how many bytes stand
+// before it.
+func (q *request) check(resp *http.Response) (skip int64, err error) {
+	hiccup := func(format string, args ...any) error {
+		return &Error{Status: resp.StatusCode, temporary: true, Err: fmt.Errorf(format, args...)}
+	}
+	if e := resp.Header.Get("Content-Encoding"); e != "" && e != "identity" {
+		return 0, hiccup("got content encoded as %q, want it as it is", e)
+	}
+	switch resp.StatusCode {
+	case http.StatusPartialContent:
+		got := resp.Header.Get("Content-Range")
+		first, last, err := parseContentRange(got)
+		if err != nil {
+			return 0, hiccup("%w", err)
+		}
+		if first != q.off || last != q.off+q.n-1 {
+			return 0, hiccup("got range %q, want bytes %d-%d", got, q.off, q.off+q.n-1)
+		}
+		if resp.ContentLength >= 0 && resp.ContentLength != q.n {
+			return 0, hiccup("got %d bytes for a range of %d", resp.ContentLength, q.n)
+		}
+		return 0, nil
+	case http.StatusOK:
+		// Some registries do not know ranges; a login page of the network
+		// looks the same but for its type.
+		if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t == "text/html" {
+			return 0, hiccup("got a web page, want a blob")
+		}
+		if resp.ContentLength >= 0 && resp.ContentLength < q.off+q.n {
+			return 0, hiccup("got a blob of %d bytes, want bytes %d-%d of it", resp.ContentLength, q.off, q.off+q.n-1)
+		}
+		if q.off > maxSkip {
+			return 0, &Error{Status: http.StatusOK, Err: fmt.Errorf("the registry ignores ranges, and byte %d is too far into the blob to read up to it", q.off)}
+		}
+		return q.off, nil
+	}
+	return 0, q.statusError(resp)
+}
+
+// statusError tells what a status other than success means.
+func (q *request) statusError(resp *http.Response) error {
+	e := &Error{Status: resp.StatusCode}
+	what := fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
+	if host := resp.Request.URL.Host; host != q.remote.repo.RegistryStr() {
+		what += " from " + host
+		// A signed URL that the registry sent us to has died; the next
+		// request gets a new one.
+		e.temporary = resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusUnauthorized
+	}
+	switch resp.StatusCode {
+	case http.StatusNotFound:
+		e.Err = fmt.Errorf("%s: %w: the registry does not have this blob; it may have been deleted with the tag of its image", what, chunkstore.ErrNotFound)
+		return e
+	case http.StatusRequestedRangeNotSatisfiable:
+		e.Err = fmt.Errorf("%s: the blob ends before byte %d", what, q.off+q.n)
+		return e
+	case http.StatusUnauthorized, http.StatusForbidden:
+		if !e.temporary {
+			what += ": the registry wants other credentials"
+		}
+	case http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests, http.StatusInternalServerError,
+		http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
+		e.temporary = true
+		e.after = retryAfter(resp.Header.Get("Retry-After"), time.Now())
+		if e.after > 0 {
+			what += fmt.Sprintf(", to be asked again in %s", e.after.Round(time.Second))
+		}
+	}
+	e.Err = errors.New(what)
+	return e
+}
+
+// retryAfter reads a Retry-After header: seconds or a date. 0 is none.
+func retryAfter(h string, now time.Time) time.Duration {
+	d := time.Duration(0)
+	if s, err := strconv.ParseUint(h, 10, 31); err == nil {
+		d = time.Duration(s) * time.Second
+	} else if t, err := http.ParseTime(h); err == nil {
+		d = t.Sub(now)
+	}
+	return max(d, 0)
+}
+
+// parseContentRange reads "bytes FIRST-LAST/SIZE", where SIZE may be "*".
+func parseContentRange(h string) (first, last int64, err error) {
+	bad := fmt.Errorf("content range %.100q, want bytes FIRST-LAST/SIZE", h)
+	unit, rest, _ := strings.Cut(h, " ")
+	span, size, ok := strings.Cut(rest, "/")
+	if !ok || !strings.EqualFold(unit, "bytes") {
+		return 0, 0, bad
+	}
+	f, l, _ := strings.Cut(span, "-")
+	first, okF := parseDecimal(f)
+	last, okL := parseDecimal(l)
+	if !okF || !okL || last < first {
+		return 0, 0, bad
+	}
+	if size != "*" {
+		if total, ok := parseDecimal(size); !ok || total <= last {
+			return 0, 0, bad
+		}
+	}
+	return first, last, nil
+}
+
+// parseDecimal reads digits only, without the signs that strconv allows.
+func parseDecimal(s string) (int64, bool) {
+	n, err := strconv.ParseUint(s, 10, 63)
+	return int64(n), err == nil
+}
+
+// Read gives the bytes of the range, and io.EOF only behind the last one.
+func (q *request) Read(p []byte) (int, error) {
+	if q.err != nil {
+		return 0, q.err
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	n, err := q.pull(p[:min(int64(len(p)), q.left)])
+	q.left -= int64(n)
+	switch {
+	case q.left == 0:
+		q.err = io.EOF
+	case err == io.EOF:
+		q.err = q.fail(fmt.Errorf("short response: got %d of %d bytes: %w", q.n-q.left, q.n, io.ErrUnexpectedEOF))
+	case err != nil:
+		q.err = q.fail(fmt.Errorf("after %d of %d bytes: %w", q.n-q.left, q.n, err))
+	}
+	if n > 0 {
+		return n, nil
+	}
+	return 0, q.err
+}
+
+// pull reads from the body under the eyes of the dog. Only the time inside
+// counts: a reader may take its time between two calls.
+func (q *request) pull(p []byte) (int, error) {
+	start := time.Now()
+	q.dog.Reset(q.budget)
+	n, err := q.body.Read(p)
+	q.dog.Stop()
+	if q.gained += int64(n); q.gained >= minProgress {
+		q.budget, q.gained = q.remote.stall, 0
+	} else {
+		q.budget = max(q.budget-time.Since(start), 1)
+	}
+	return n, err
+}
+
+func (q *request) Close() error {
+	if q.dog != nil {
+		q.dog.Stop()
+	}
+	var err error
+	if q.body != nil {
+		err = q.body.Close()
+	}
+	if q.cancel != nil {
+		q.cancel(context.Canceled)
+	}
+	return err
+}
+
+// fail makes an *Error of err: in one line, without the query of a signed URL.
+func (q *request) fail(err error) error {
+	e := &Error{temporary: true}
+	errors.As(err, &e)
+	e.Place, e.Digest = q.remote.address, q.digest
+
+	var status *transport.Error
+	var broken *url.Error
+	switch {
+	case q.ctx != nil && context.Cause(q.ctx) == errStalled:
+		q.remote.hangUp() // other connections to the same place are likely as dead
+		e.temporary = true
+		e.Err = fmt.Errorf("%w: less than %d bytes in %s, %d of %d bytes came before", errStalled, minProgress, q.remote.stall, q.n-q.left, q.n)
+		if q.body == nil {
+			e.Err = fmt.Errorf("%w: no answer in %s", errStalled, q.remote.stall)
+		}
+	case q.ctx == nil || q.ctx.Err() != nil:
+		e.temporary = false
+		if q.ctx != nil {
+			err = context.Cause(q.ctx)
+		}
+		e.Err = err
+	case e.Err != nil:
+	case errors.As(err, &status):
+		e.Status = status.StatusCode
+		e.temporary = status.Temporary()
+		e.Err = fmt.Errorf("login at %s: %s", q.remote.repo.RegistryStr(), oneLine(status.Error()))
+	case errors.Is(err, http.ErrSchemeMismatch):
+		e.temporary = false
+		e.Err = fmt.Errorf("%s speaks plain HTTP: name the store registry+http://…, or make it speak HTTPS", q.remote.repo.RegistryStr())
+	case errors.As(err, &broken):
+		e.temporary = !isRefusal(broken.Err)
+		e.Err = fmt.Errorf("%s: %w", hostOf(broken.URL), broken.Err)
+	default:
+		e.Err = err
+	}
+	return e
+}
+
+// isRefusal tells an error that time does not heal.
+func isRefusal(err error) bool {
+	var certificate *tls.CertificateVerificationError
+	return errors.Is(err, errRedirects) || errors.Is(err, errDowngrade) ||
+		errors.As(err, &certificate)
+}
+
+// hostOf returns what may be said of a URL.
+func hostOf(raw string) string {
+	u, err := url.Parse(raw)
+	if err != nil {
+		return "a malformed URL"
+	}
+	return u.Scheme + "://" + u.Host
+}
+
+// oneLine makes a server's words fit for a message.
+func oneLine(s string) string {
+	s = strings.Join(strings.Fields(s), " ")
+	if len(s) > 300 {
+		s = s[:300] + "…"
+	}
+	return strings.ToValidUTF8(s, "?")
+}

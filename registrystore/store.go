@@ -1,0 +1,232 @@
+package registrystore
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/index"
+)
+
+const (
+	// parallelRequests bounds the requests of one Store that run at once.
+	parallelRequests = 8
+	// batchRequests bounds those of one batch, so that a read that somebody
+	// waits for gets its turn beside a prefetch.
+	batchRequests = 4
+	// maxGap is how many bytes between two chunks are rather read and thrown
+	// away than asked around: what a fast line brings during one round trip.
+	maxGap = 128 << 10
+	// maxSpan bounds a request for several chunks, in bytes: a pack's worth is
+	// split between the requests of a batch.
+	maxSpan = 8 << 20
+)
+
+// Store reads the chunks of one index from packs. It is a chunkstore.Store, a
+// chunkstore.Batcher and a chunkstore.Locator.
+type Store struct {
+	blobs    Blobs
+	locators *Locators
+	index    *index.Index
+	slots    chan struct{} // one per running request
+}
+
+// NewStore reads the chunks of x, which lie where l says, from b.
+func NewStore(b Blobs, l *Locators, x *index.Index) *Store {
+	return &Store{blobs: b, locators: l, index: x, slots: make(chan struct{}, parallelRequests)}
+}
+
+func (s *Store) String() string { return s.blobs.String() }
+
+// find returns the chunk called id, its pack and its place there.
+func (s *Store) find(id index.ID) (index.Chunk, PackDescriptor, Location, error) {
+	pos, err := s.locators.Lookup(id)
+	if err != nil {
+		return index.Chunk{}, PackDescriptor{}, Location{}, err
+	}
+	c, err := s.index.At(pos)
+	if err != nil {
+		return index.Chunk{}, PackDescriptor{}, Location{}, fmt.Errorf("chunk %s: %w", id, err)
+	}
+	at, err := s.locators.At(pos)
+	if err != nil || at.Length == 0 {
+		return c, PackDescriptor{}, at, err
+	}
+	p, err := s.locators.Pack(at.Pack)
+	return c, p, at, err
+}
+
+// Get implements chunkstore.Store. A chunk of zeros is made, not fetched.
+func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error) {
+	c, p, at, err := s.find(id)
+	if err != nil {
+		return dst, err
+	}
+	if at.Length == 0 {
+		return chunkstore.Encode(dst, make([]byte, c.Size)), nil
+	}
+	if err := s.acquire(ctx); err != nil {
+		return dst, fmt.Errorf("chunk %s: %w", id, err)
+	}
+	defer s.release()
+	out, err := ReadRange(ctx, s.blobs, p.Digest, at.Offset, int64(at.Length), dst)
+	if err != nil {
+		return dst, fmt.Errorf("chunk %s: %w", id, err)
+	}
+	return out, nil
+}
+
+// Has implements chunkstore.Store: it reads one byte of the chunk, for some
+// registries refuse HEAD.
+func (s *Store) Has(ctx context.Context, id index.ID) (bool, error) {
+	_, p, at, err := s.find(id)
+	if err == nil && at.Length > 0 {
+		if err = s.acquire(ctx); err == nil {
+			_, err = ReadRange(ctx, s.blobs, p.Digest, at.Offset, 1, nil)
+			s.release()
+		}
+	}
+	if errors.Is(err, chunkstore.ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Locate implements chunkstore.Locator.
+func (s *Store) Locate(id index.ID) string {
+	_, p, at, err := s.find(id)
+	switch {
+	case err != nil:
+		return "in no pack"
+	case at.Length == 0:
+		return "all zeros, in no pack"
+	}
+	return fmt.Sprintf("pack %s at %d", p.Digest, at.Offset)
+}
+
+// wanted is one chunk of a batch.
+type wanted struct {
+	i  int // place in the caller's list
+	id index.ID
+	at Location
+}
+
+// GetBatch implements chunkstore.Batcher. Neighbours in a pack come with one
+// request, and a chunk is yielded as soon as it has arrived.
+func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, frame []byte) error) error {
+	var list []wanted
+	for i, id := range ids {
+		c, _, at, err := s.find(id)
+		if err != nil {
+			return err
+		}
+		if at.Length > 0 {
+			list = append(list, wanted{i, id, at})
+		} else if err := yield(i, chunkstore.Encode(nil, make([]byte, c.Size))); err != nil {
+			return err
+		}
+	}
+	// yield is called by one request at a time.
+	var mu sync.Mutex
+	one := func(i int, frame []byte) error {
+		mu.Lock()
+		defer mu.Unlock()
+		return yield(i, frame)
+	}
+	g, running := errgroup.WithContext(ctx)
+	g.SetLimit(batchRequests)
+	for _, run := range coalesce(list) {
+		if running.Err() != nil {
+			break
+		}
+		g.Go(func() error { return s.getRun(running, run, one) })
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
+
+// coalesce sorts list by place and splits it into runs, one for each request.
+// Places that overlap, which an honest writer does not make, are not joined
+// unless they are the same.
+func coalesce(list []wanted) [][]wanted {
+	slices.SortFunc(list, func(a, b wanted) int {
+		return cmp.Or(cmp.Compare(a.at.Pack, b.at.Pack), cmp.Compare(a.at.Offset, b.at.Offset), cmp.Compare(a.at.Length, b.at.Length))
+	})
+	var runs [][]wanted
+	from := 0
+	for i := 1; i <= len(list); i++ {
+		if i < len(list) && joins(list[from].at, list[i-1].at, list[i].at) {
+			continue
+		}
+		runs = append(runs, list[from:i])
+		from = i
+	}
+	return runs
+}
+
+// joins tells whether next goes into the run from first to last.
+func joins(first, last, next Location) bool {
+	if next == last {
+		return true
+	}
+	end := last.Offset + int64(last.Length)
+	return next.Pack == last.Pack && next.Offset >= end && next.Offset-end <= maxGap &&
+		next.Offset+int64(next.Length)-first.Offset <= maxSpan
+}
+
+// getRun reads a run with one request.
+func (s *Store) getRun(ctx context.Context, run []wanted, yield func(int, []byte) error) error {
+	first, last := run[0], run[len(run)-1]
+	p, err := s.locators.Pack(first.at.Pack)
+	if err != nil {
+		return err
+	}
+	if err := s.acquire(ctx); err != nil {
+		return err
+	}
+	defer s.release()
+	r, err := s.blobs.Range(ctx, p.Digest, first.at.Offset, last.at.Offset+int64(last.at.Length)-first.at.Offset)
+	if err != nil {
+		return fmt.Errorf("chunk %s and %d more: %w", first.id, len(run)-1, err)
+	}
+	defer r.Close()
+	var frame []byte
+	pos := first.at.Offset
+	for i, w := range run {
+		if i == 0 || w.at != run[i-1].at {
+			if _, err := io.CopyN(io.Discard, r, w.at.Offset-pos); err != nil {
+				return fmt.Errorf("chunk %s: %w", w.id, err)
+			}
+			frame = slices.Grow(frame[:0], w.at.Length)[:w.at.Length]
+			if _, err := io.ReadFull(r, frame); err != nil {
+				return fmt.Errorf("chunk %s: %w", w.id, err)
+			}
+			pos = w.at.Offset + int64(w.at.Length)
+		}
+		if err := yield(w.i, frame); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// acquire waits until a request may start.
+func (s *Store) acquire(ctx context.Context) error {
+	select {
+	case s.slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *Store) release() { <-s.slots }
