@@ -1,0 +1,320 @@
+// Package lazy serves the bytes of a root image without having it: a read
+// finds its chunks in the index, and those that are not in memory are fetched.
+//
+// However many readers want a chunk, it is fetched once at a time. A reader
+// waits no longer than its context says, and a fetch lives only as long as
+// somebody waits for it. A failed fetch is told to those who waited and then
+// forgotten: the next read tries again.
+package lazy
+
+import (
+	"bytes"
+	"container/list"
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/container-bootfs/bootfs/index"
+)
+
+// DefaultMemory is what Options.Memory means when it is 0, in bytes.
+const DefaultMemory = 16 << 20
+
+// causeWait is how long the last reader of a cancelled fetch waits to learn
+// what the fetch was failing at. The answer goes to a log; the reader is late.
+const causeWait = 100 * time.Millisecond
+
+// Fetcher delivers chunks, verified: the bytes it hands out are those that the
+// chunk's ID names.
+type Fetcher interface {
+	// Fetch appends the plain bytes of c to dst. It tries until ctx ends or
+	// trying again is pointless.
+	Fetch(ctx context.Context, c index.Chunk, dst []byte) ([]byte, error)
+	// FetchBatch calls yield with the plain bytes of each chunk, in any order;
+	// they are valid until yield returns.
+	FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i int, plain []byte) error) error
+}
+
+// Options of New. The zero value is good.
+type Options struct {
+	Memory int // bytes of decoded chunks kept in memory; 0 is DefaultMemory
+}
+
+// Image is a root image. It is safe for concurrent use.
+type Image struct {
+	x *index.Index
+	f Fetcher
+
+	mu      sync.Mutex // guards what follows, and the fields of flight and group that say so
+	recent  recent
+	flights map[index.ID]*flight // chunks that are being fetched for somebody
+	readers int                  // calls of ReadAt that wait for a flight
+}
+
+// A flight is one chunk on its way.
+type flight struct {
+	chunk  index.Chunk
+	group  *group
+	wanted bool          // by a reader, not only by Prefetch; guarded by Image.mu
+	done   chan struct{} // closed when landed
+
+	// Set before done is closed, never changed after.
+	plain []byte // nil if err is not, or if nobody wanted it
+	err   error
+}
+
+func (f *flight) landed() bool {
+	select {
+	case <-f.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// A group is the flights that one request brings. Neighbours travel together
+// because a round trip costs more than their bytes.
+type group struct {
+	flights []*flight
+	cancel  context.CancelFunc
+	waiting int // flights of it that somebody waits for, once for each; guarded by Image.mu
+}
+
+// New returns the root image that x describes, with chunks from f.
+func New(x *index.Index, f Fetcher, o Options) *Image {
+	if o.Memory == 0 {
+		o.Memory = DefaultMemory
+	}
+	return &Image{
+		x:       x,
+		f:       f,
+		recent:  recent{limit: o.Memory, byID: make(map[index.ID]*list.Element)},
+		flights: make(map[index.ID]*flight),
+	}
+}
+
+// A piece is what one chunk contributes to a read: its bytes, or the flight
+// that will bring them.
+type piece struct {
+	chunk  index.Chunk
+	plain  []byte
+	flight *flight
+}
+
+// ReadAt fills p with the image's bytes from off. Unlike an io.ReaderAt it
+// never reads short: it returns len(p), or 0 and an error.
+func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	if off < 0 || off > m.x.Size()-int64(len(p)) {
+		return 0, fmt.Errorf("read of %d bytes at %d: the image has %d", len(p), off, m.x.Size())
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	var few [8]piece
+	pieces := few[:0]
+	end := off + int64(len(p))
+	for i, at := m.x.Find(off), off; at < end; i++ {
+		c, err := m.x.At(i)
+		if err != nil {
+			return 0, fmt.Errorf("read of %d bytes at %d: %w", len(p), off, err)
+		}
+		next := c.Offset + int64(c.Size)
+		if at < c.Offset || at >= next { // a damaged index: Find says so
+			return 0, fmt.Errorf("read of %d bytes at %d: got chunk %d with bytes %d to %d, want byte %d in it",
+				len(p), off, i, c.Offset, next, at)
+		}
+		pieces = append(pieces, piece{chunk: c})
+		at = next
+	}
+
+	if flights := m.board(pieces); len(flights) > 0 {
+		err := m.wait(ctx, flights)
+		m.mu.Lock()
+		m.readers--
+		m.mu.Unlock()
+		if err != nil {
+			return 0, err
+		}
+	}
+	for _, pc := range pieces {
+		plain := pc.plain
+		if pc.flight != nil {
+			plain = pc.flight.plain
+		}
+		if at := pc.chunk.Offset - off; at >= 0 {
+			copy(p[at:], plain)
+		} else {
+			copy(p, plain[-at:])
+		}
+	}
+	return len(p), nil
+}
+
+// board gives each piece its bytes, when they are in memory, or the flight
+// that brings them, and starts those that nobody else has started. If it
+// returns flights, the caller counts as a reader until it has waited for them.
+func (m *Image) board(pieces []piece) []*flight {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var (
+		flights []*flight
+		g       *group
+	)
+	for i := range pieces {
+		pc := &pieces[i]
+		if plain, ok := m.recent.get(pc.chunk.ID); ok {
+			pc.plain = plain
+			continue
+		}
+		f := m.flights[pc.chunk.ID]
+		if f == nil {
+			if g == nil {
+				g = &group{}
+			}
+			f = m.add(g, pc.chunk)
+		}
+		f.wanted = true
+		f.group.waiting++
+		pc.flight = f
+		flights = append(flights, f)
+	}
+	if g != nil {
+		m.start(g)
+	}
+	if len(flights) > 0 {
+		m.readers++
+	}
+	return flights
+}
+
+// add makes a flight of c in g. m.mu is held.
+func (m *Image) add(g *group, c index.Chunk) *flight {
+	f := &flight{chunk: c, group: g, done: make(chan struct{})}
+	g.flights = append(g.flights, f)
+	m.flights[c.ID] = f
+	return f
+}
+
+// start begins to fetch g. Its context is nobody's in particular: it ends when
+// the last one has left. m.mu is held.
+func (m *Image) start(g *group) {
+	var ctx context.Context
+	ctx, g.cancel = context.WithCancel(context.Background())
+	go m.fetch(ctx, g)
+}
+
+// wait waits for flights until one fails or ctx ends, and leaves them.
+func (m *Image) wait(ctx context.Context, flights []*flight) error {
+	for i, f := range flights {
+		select {
+		case <-f.done:
+			if f.err != nil {
+				m.leave(flights[i:])
+				return f.err
+			}
+			m.leave(flights[i : i+1])
+		case <-ctx.Done():
+			m.leave(flights[i:])
+			return f.lateness(context.Cause(ctx))
+		}
+	}
+	return nil
+}
+
+// lateness is the error of a reader whose context ended with err while it
+// waited for f: with what f was failing at, if that can be known.
+func (f *flight) lateness(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) {
+		select {
+		case <-f.done: // cancelled, unless somebody else waits for it
+			if f.err != nil {
+				return fmt.Errorf("chunk %s at %d: %w: %v", f.chunk.ID, f.chunk.Offset, err, f.err)
+			}
+		case <-time.After(causeWait):
+		}
+	}
+	return fmt.Errorf("chunk %s at %d: %w", f.chunk.ID, f.chunk.Offset, err)
+}
+
+// leave says that the caller no longer waits for flights. When the last one
+// leaves a group, it is given up: what has not landed is cancelled and out of
+// sight, so that a reader who comes now starts anew instead of being told of a
+// cancellation that was not its own.
+func (m *Image) leave(flights []*flight) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, f := range flights {
+		g := f.group
+		if g.waiting--; g.waiting > 0 {
+			continue
+		}
+		for _, f := range g.flights {
+			m.forget(f)
+		}
+		g.cancel()
+	}
+}
+
+// forget takes f off the flights that readers can join. m.mu is held.
+func (m *Image) forget(f *flight) {
+	if m.flights[f.chunk.ID] == f {
+		delete(m.flights, f.chunk.ID)
+	}
+}
+
+// fetch brings the flights of g.
+func (m *Image) fetch(ctx context.Context, g *group) {
+	defer g.cancel()
+	if len(g.flights) > 1 {
+		cs := make([]index.Chunk, len(g.flights))
+		for i, f := range g.flights {
+			cs[i] = f.chunk
+		}
+		err := m.f.FetchBatch(ctx, cs, func(i int, plain []byte) error {
+			m.land(g.flights[i], plain, false, nil)
+			return nil
+		})
+		if err != nil && ctx.Err() != nil {
+			for _, f := range g.flights {
+				m.land(f, nil, false, err)
+			}
+			return
+		}
+	}
+	// A batch ends with its first bad chunk. The others are not to suffer:
+	// what it has not brought is fetched one by one.
+	for _, f := range g.flights {
+		if f.landed() {
+			continue
+		}
+		plain, err := m.f.Fetch(ctx, f.chunk, make([]byte, 0, f.chunk.Size))
+		m.land(f, plain, true, err)
+	}
+}
+
+// land ends f with its bytes or an error. The first landing counts. Unless
+// plain is owned, it is the fetcher's and is copied for those who want it.
+func (m *Image) land(f *flight, plain []byte, owned bool, err error) {
+	if err == nil && len(plain) != f.chunk.Size {
+		err = fmt.Errorf("chunk %s: got %d bytes, want %d", f.chunk.ID, len(plain), f.chunk.Size)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if f.landed() {
+		return
+	}
+	m.forget(f)
+	switch {
+	case err != nil:
+		f.err = err
+	case f.wanted:
+		if !owned {
+			plain = bytes.Clone(plain)
+		}
+		f.plain = plain
+		m.recent.put(f.chunk.ID, plain)
+	}
+	close(f.done)
+}

@@ -1,0 +1,117 @@
+package lazy
+
+import (
+	"context"
+	"fmt"
+	"iter"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/container-bootfs/bootfs/index"
+)
+
+const (
+	// prefetchBatch is how many plain bytes Prefetch asks for at once. A reader
+	// that finds its chunk in a batch under way waits for it, so a batch must
+	// not take long; a round trip of 10 ms must not dominate either.
+	prefetchBatch = 2 << 20
+	// prefetchAhead is how many batches travel at once: while one is on its
+	// way, the other is hashed and stored.
+	prefetchAhead = 2
+	// yieldStep and yieldMost say how Prefetch gives way: before a batch it
+	// looks this often whether readers wait for the network, and goes on
+	// after this long all the same. A busy container's start set still comes.
+	yieldStep = 5 * time.Millisecond
+	yieldMost = 100 * time.Millisecond
+)
+
+// Prefetch fetches the chunks at positions of the index, in that order, so
+// that the fetcher's cache has them. They take no place among the recently
+// read ones, and readers go first. A chunk that cannot be had does not stop the
+// others; the first error is returned.
+func (m *Image) Prefetch(ctx context.Context, positions iter.Seq[int]) error {
+	var (
+		batches errgroup.Group
+		once    sync.Once
+		failed  error
+		cs      []index.Chunk
+		size    int
+	)
+	fail := func(err error) { once.Do(func() { failed = err }) }
+	batches.SetLimit(prefetchAhead)
+	flush := func() {
+		batch := cs
+		cs, size = nil, 0
+		m.yield(ctx)
+		batches.Go(func() error {
+			if err := m.bring(ctx, batch); err != nil {
+				fail(err)
+			}
+			return nil
+		})
+	}
+	for i := range positions {
+		if ctx.Err() != nil {
+			break
+		}
+		if i < 0 || i >= m.x.Len() {
+			fail(fmt.Errorf("prefetch: position %d of %d chunks", i, m.x.Len()))
+			continue
+		}
+		c, err := m.x.At(i)
+		if err != nil {
+			fail(fmt.Errorf("prefetch: %w", err))
+			continue
+		}
+		cs = append(cs, c)
+		if size += c.Size; size >= prefetchBatch {
+			flush()
+		}
+	}
+	if len(cs) > 0 && ctx.Err() == nil {
+		flush()
+	}
+	_ = batches.Wait() // its functions return nil
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return failed
+}
+
+// yield lets readers that wait for a chunk go first.
+func (m *Image) yield(ctx context.Context) {
+	for end := time.Now().Add(yieldMost); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(yieldStep) {
+		m.mu.Lock()
+		readers := m.readers
+		m.mu.Unlock()
+		if readers == 0 {
+			return
+		}
+	}
+}
+
+// bring fetches those of cs that are not in memory nor on their way.
+func (m *Image) bring(ctx context.Context, cs []index.Chunk) error {
+	g := &group{}
+	m.mu.Lock()
+	for _, c := range cs {
+		if _, ok := m.recent.byID[c.ID]; ok || m.flights[c.ID] != nil {
+			continue
+		}
+		m.add(g, c)
+		g.waiting++
+	}
+	if len(g.flights) > 0 {
+		m.start(g)
+	}
+	m.mu.Unlock()
+	var failed error
+	for i := range g.flights {
+		if err := m.wait(ctx, g.flights[i:i+1]); err != nil && failed == nil {
+			failed = err
+		}
+	}
+	return failed
+}
