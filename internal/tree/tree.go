@@ -4,6 +4,8 @@ package tree
 
 import (
 	"io"
+
+	"golang.org/x/sys/unix"
 )
 
 // Tree is one merged root filesystem.
@@ -27,6 +29,15 @@ type Inode struct {
 	Content Content           // of a regular file
 	Entries map[string]*Inode // of a directory: name → inode, without . and ..
 }
+
+// IsDir reports whether n is a directory.
+func (n *Inode) IsDir() bool { return n.Mode&unix.S_IFMT == unix.S_IFDIR }
+
+// IsRegular reports whether n is a regular file.
+func (n *Inode) IsRegular() bool { return n.Mode&unix.S_IFMT == unix.S_IFREG }
+
+// IsSymlink reports whether n is a symbolic link.
+func (n *Inode) IsSymlink() bool { return n.Mode&unix.S_IFMT == unix.S_IFLNK }
 
 // Xattr is one extended attribute, with its full name ("security.capability").
 type Xattr struct {

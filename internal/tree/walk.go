@@ -1,0 +1,129 @@
+package tree
+
+import (
+	"maps"
+	"slices"
+	"strings"
+)
+
+// Names returns the names of a directory's entries, sorted bytewise.
+func (n *Inode) Names() []string {
+	return slices.Sorted(maps.Keys(n.Entries))
+}
+
+// Walk calls fn for every entry of the tree: "/" first, a directory before
+// what is in it, names in byte order. An inode with several links is visited
+// once under each of its names. Walk stops at fn's first error and returns it.
+func (t *Tree) Walk(fn func(path string, n *Inode) error) error {
+	if err := fn("/", t.Root); err != nil {
+		return err
+	}
+	// A stack of its own, because the source decides how deep a tree is.
+	type level struct {
+		dir   *Inode
+		path  string // ends with "/"
+		names []string
+	}
+	stack := []level{{t.Root, "/", t.Root.Names()}}
+	for len(stack) > 0 {
+		top := &stack[len(stack)-1]
+		if len(top.names) == 0 {
+			stack = stack[:len(stack)-1]
+			continue
+		}
+		name := top.names[0]
+		top.names = top.names[1:]
+		child, path := top.dir.Entries[name], top.path+name
+		if err := fn(path, child); err != nil {
+			return err
+		}
+		if child.IsDir() && len(child.Entries) > 0 {
+			stack = append(stack, level{child, path + "/", child.Names()})
+		}
+	}
+	return nil
+}
+
+// Lookup returns the inode at path, or nil if there is none. It follows no
+// symlink: below one there is nothing. ".." leads to the parent directory and
+// stays in the root.
+func (t *Tree) Lookup(path string) *Inode {
+	dirs := []*Inode{t.Root}
+	components := strings.Split(path, "/")
+	for i, c := range components {
+		dir := dirs[len(dirs)-1]
+		switch c {
+		case "", ".":
+			continue
+		case "..":
+			dirs = dirs[:max(1, len(dirs)-1)]
+			continue
+		}
+		n := dir.Entries[c]
+		switch {
+		case n == nil:
+			return nil
+		case n.IsDir():
+			dirs = append(dirs, n)
+		case i == len(components)-1:
+			return n
+		default:
+			return nil
+		}
+	}
+	return dirs[len(dirs)-1]
+}
+
+// maxLinks is how many symlinks one path may lead through, as in Linux.
+const maxLinks = 40
+
+// Resolve follows path through the symlinks of the tree, the last component
+// included, as a process does whose root directory is t.Root. It returns the
+// path without symlinks and the inode there, or "" and nil if path leads
+// nowhere or round in circles.
+func (t *Tree) Resolve(path string) (string, *Inode) {
+	type step struct {
+		name string
+		node *Inode
+	}
+	at := []step{{"", t.Root}}
+	rest, links := path, 0
+	for rest != "" {
+		var c string
+		c, rest, _ = strings.Cut(rest, "/")
+		top := at[len(at)-1].node
+		if !top.IsDir() {
+			return "", nil
+		}
+		switch c {
+		case "", ".":
+			continue
+		case "..":
+			at = at[:max(1, len(at)-1)]
+			continue
+		}
+		n := top.Entries[c]
+		switch {
+		case n == nil:
+			return "", nil
+		case n.IsSymlink():
+			if links++; links > maxLinks {
+				return "", nil
+			}
+			if strings.HasPrefix(n.Target, "/") {
+				at = at[:1]
+			}
+			rest = n.Target + "/" + rest
+		default:
+			at = append(at, step{c, n})
+		}
+	}
+	names := make([]string, len(at))
+	for i, s := range at {
+		names[i] = s.name
+	}
+	if len(at) == 1 {
+		return "/", t.Root
+	}
+	return strings.Join(names, "/"), at[len(at)-1].node
+}
