@@ -20,6 +20,9 @@ import (
 // not have the chunk. It decides that the next store is asked without a retry.
 var ErrNotFound = errors.New("chunk not found")
 
+// ErrFull is wrapped by Put's error when a store holds as much as it may.
+var ErrFull = errors.New("store is full")
+
 // MaxStored bounds the stored form of a chunk, in bytes. A Store refuses more
 // before it allocates.
 const MaxStored = 16 << 20
@@ -28,7 +31,8 @@ const MaxStored = 16 << 20
 type Store interface {
 	// Get appends the stored form of chunk id to dst and returns the extended
 	// slice. The bytes are unverified. A failure is never remembered: the same
-	// call succeeds once the cause has healed.
+	// call succeeds once the cause has healed. An error with a method
+	// RetryAfter() time.Duration asks for a pause before the next attempt.
 	Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error)
 	// Has reports whether Get would find the chunk.
 	Has(ctx context.Context, id index.ID) (bool, error)
@@ -48,8 +52,8 @@ type Writer interface {
 // one by one.
 type Batcher interface {
 	// GetBatch calls yield with the stored form of each of ids, in any order;
-	// i is the place in ids and frame is valid until yield returns. It stops at
-	// the first error, its own or yield's.
+	// i is the place in ids and frame is valid until yield returns. Calls of
+	// yield do not overlap. It stops at the first error, its own or yield's.
 	GetBatch(ctx context.Context, ids []index.ID, yield func(i int, frame []byte) error) error
 }
 

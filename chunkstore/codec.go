@@ -62,8 +62,8 @@ func Encode(dst, plain []byte) []byte {
 // is dst and a *CorruptError. Nothing beyond c.Size is allocated, whatever the
 // frame says.
 func Decode(dst, frame []byte, d index.Digest, c index.Chunk) ([]byte, error) {
-	if c.Size < 1 || c.Size > chunker.MaxSize {
-		return dst, fmt.Errorf("chunk %s: got a size of %d bytes, want 1 to %d", c.ID, c.Size, chunker.MaxSize)
+	if err := checkSize(c); err != nil {
+		return dst, err
 	}
 	corrupt := func(got, want string) ([]byte, error) {
 		return dst, &CorruptError{ID: c.ID, Got: got, Want: want}
@@ -83,4 +83,12 @@ func Decode(dst, frame []byte, d index.Digest, c index.Chunk) ([]byte, error) {
 		return corrupt(d.String()+" "+hex.EncodeToString(id[:]), "that of its name")
 	}
 	return slices.Grow(dst, c.Size)[:start+c.Size], nil
+}
+
+// checkSize refuses a chunk that no index may hold.
+func checkSize(c index.Chunk) error {
+	if c.Size < 1 || c.Size > chunker.MaxSize {
+		return fmt.Errorf("chunk %s: got a size of %d bytes, want 1 to %d", c.ID, c.Size, chunker.MaxSize)
+	}
+	return nil
 }

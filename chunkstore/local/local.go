@@ -36,10 +36,6 @@ const (
 // desync pass over hidden files and over those without suffix.
 const tempPrefix = ".tmp-"
 
-// ErrFull is wrapped by Put's error when the store holds as much as its limit
-// allows.
-var ErrFull = errors.New("store is full")
-
 // Store is a chunk store in a directory.
 type Store struct {
 	dir   *os.File // the directory; never replaced, so that renaming it does no harm
@@ -54,7 +50,7 @@ type Store struct {
 // Option changes what New, Open or Create return.
 type Option func(*Store)
 
-// WithLimit makes Put fail with ErrFull once the store holds n bytes of stored
+// WithLimit makes Put fail with chunkstore.ErrFull once the store holds n bytes of stored
 // chunks. Other writers to the same directory are not counted after the first
 // Put: it is a bound for a private cache.
 func WithLimit(n int64) Option {
@@ -315,7 +311,7 @@ func (s *Store) reserve(ctx context.Context, n int64) error {
 		s.held = held
 	}
 	if s.held+n > s.limit {
-		return fmt.Errorf("%w: %d of %d bytes are taken, %d more are wanted", ErrFull, s.held, s.limit, n)
+		return fmt.Errorf("%w: %d of %d bytes are taken, %d more are wanted", chunkstore.ErrFull, s.held, s.limit, n)
 	}
 	s.held += n
 	return nil

@@ -1,0 +1,198 @@
+package chunkstore
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/container-bootfs/bootfs/index"
+)
+
+const (
+	// cacheWriters write at a time: each spends its time waiting for the disk,
+	// which takes several fsyncs together at the price of one.
+	cacheWriters = 4
+	cacheQueue   = 64 // chunks
+
+	// How long a read and a batch wait for room in the queue before the chunk is
+	// not cached. A batch waits long, so that what was prefetched is there for
+	// the next container; but not for ever, as the disk may hang.
+	readPatience  = 500 * time.Millisecond
+	batchPatience = 10 * time.Second
+
+	closePatience = 1500 * time.Millisecond
+)
+
+// cache is a Fetcher's cache: reads that cannot fail, only miss, and writes in
+// the background.
+type cache struct {
+	store Writer
+	log   *slog.Logger
+
+	queue   chan cacheEntry
+	closing chan struct{}
+	close1  sync.Once
+	writers sync.WaitGroup
+	ctx     context.Context // of the writes
+	cancel  context.CancelFunc
+
+	// stalled is set when a chunk found no room in time and until a write ends.
+	// While it is set nobody waits for room again.
+	stalled atomic.Bool
+
+	count                             counter
+	written, dropped, faults, corrupt atomic.Int64
+	readFaults, writeFaults           throttle
+	saidFull                          atomic.Bool
+}
+
+type cacheEntry struct {
+	id    index.ID
+	frame []byte
+}
+
+func newCache(store Writer, log *slog.Logger) *cache {
+	c := &cache{
+		store:   store,
+		log:     log,
+		queue:   make(chan cacheEntry, cacheQueue),
+		closing: make(chan struct{}),
+	}
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	for range cacheWriters {
+		c.writers.Go(c.write)
+	}
+	return c
+}
+
+// get appends the plain bytes of chunk ch to dst if they are there and good.
+func (c *cache) get(ctx context.Context, d index.Digest, ch index.Chunk, dst []byte) ([]byte, bool) {
+	buf := frames.Get().(*[]byte)
+	defer frames.Put(buf)
+	frame, err := c.store.Get(ctx, ch.ID, (*buf)[:0])
+	if err != nil {
+		if !errors.Is(err, ErrNotFound) && ctx.Err() == nil {
+			c.fault("cannot read from the cache", &c.readFaults, ch.ID, err)
+		}
+		return dst, false
+	}
+	*buf = frame
+	plain, err := Decode(dst, frame, d, ch)
+	if err != nil {
+		var corrupt *CorruptError
+		if errors.As(err, &corrupt) {
+			corrupt.Where = c.store.String()
+		}
+		c.corrupt.Add(1)
+		c.log.Warn("corrupt chunk in the cache, fetching it anew", "cache", c.store.String(), "chunk", ch.ID.String(), "error", err)
+		return dst, false
+	}
+	c.count.add(len(frame), len(plain)-len(dst))
+	return plain, true
+}
+
+// put has frame written, and waits up to patience for room in the queue.
+func (c *cache) put(ctx context.Context, id index.ID, frame []byte, patience time.Duration) {
+	e := cacheEntry{id, bytes.Clone(frame)}
+	select {
+	case <-c.closing:
+		c.dropped.Add(1)
+		return
+	case c.queue <- e:
+		return
+	default:
+	}
+	if c.stalled.Load() {
+		c.dropped.Add(1)
+		return
+	}
+	t := time.NewTimer(patience)
+	defer t.Stop()
+	select {
+	case c.queue <- e:
+		return
+	case <-t.C:
+		c.stalled.Store(true)
+	case <-ctx.Done():
+	case <-c.closing:
+	}
+	c.dropped.Add(1)
+}
+
+// write writes what is queued, until close.
+func (c *cache) write() {
+	for {
+		select {
+		case e := <-c.queue:
+			c.writeOne(e)
+		case <-c.closing:
+			for {
+				select {
+				case e := <-c.queue:
+					c.writeOne(e)
+				default:
+					return
+				}
+			}
+		}
+	}
+}
+
+func (c *cache) writeOne(e cacheEntry) {
+	err := c.store.Put(c.ctx, e.id, e.frame)
+	c.stalled.Store(false)
+	switch {
+	case err == nil:
+		c.written.Add(1)
+	case c.ctx.Err() != nil:
+		c.dropped.Add(1)
+	case errors.Is(err, ErrFull):
+		c.dropped.Add(1)
+		if !c.saidFull.Swap(true) {
+			c.log.Info("the cache is full, further chunks are not kept", "cache", c.store.String(), "error", err)
+		}
+	default:
+		c.fault("cannot write to the cache", &c.writeFaults, e.id, err)
+	}
+}
+
+func (c *cache) fault(msg string, t *throttle, id index.ID, err error) {
+	c.faults.Add(1)
+	if n, ok := t.allow(time.Now()); ok {
+		c.log.Warn(msg, "cache", c.store.String(), "chunk", id.String(), "error", err, "faults", n)
+	}
+}
+
+// close ends the writers.
+func (c *cache) close() error {
+	c.close1.Do(func() { close(c.closing) })
+	done := make(chan struct{})
+	go func() {
+		c.writers.Wait()
+		close(done)
+	}()
+	t := time.NewTimer(closePatience)
+	defer t.Stop()
+	defer c.cancel()
+	select {
+	case <-done:
+		return nil
+	case <-t.C:
+		return fmt.Errorf("cache %s: writes are under way after %v, gave up waiting", c.store, closePatience)
+	}
+}
+
+func (c *cache) stats() CacheStats {
+	return CacheStats{
+		Count:   c.count.load(),
+		Written: c.written.Load(),
+		Dropped: c.dropped.Load(),
+		Faults:  c.faults.Load(),
+		Corrupt: c.corrupt.Load(),
+	}
+}

@@ -1,0 +1,502 @@
+package chunkstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/container-bootfs/bootfs/index"
+)
+
+// FetcherOptions say where a Fetcher looks for chunks.
+type FetcherOptions struct {
+	// Digest names the chunks.
+	Digest index.Digest
+	// Cache is asked first and takes what the stores delivered; nil for none. A
+	// fault of it never fails a read: it is logged and counted, and the stores
+	// are asked. A damaged chunk in it is overwritten by a good one.
+	Cache Writer
+	// Stores are asked in order. A store that failed a moment ago is asked after
+	// the others, and in its place again once it has recovered.
+	Stores []Store
+	// Log takes faults, with chunk and place; nil discards them.
+	Log *slog.Logger
+}
+
+// Fetcher reads chunks through a cache from stores and hands out only bytes
+// that it has verified. It is safe for concurrent use and remembers no failure:
+// a chunk that could not be had is asked for again by the next call.
+type Fetcher struct {
+	digest index.Digest
+	cache  *cache // nil: none
+	stores []*source
+	log    *slog.Logger
+}
+
+// NewFetcher returns a Fetcher. Close it to end its cache writes.
+func NewFetcher(o FetcherOptions) *Fetcher {
+	f := &Fetcher{digest: o.Digest, log: o.Log}
+	if f.log == nil {
+		f.log = slog.New(slog.DiscardHandler)
+	}
+	if o.Cache != nil {
+		f.cache = newCache(o.Cache, f.log)
+	}
+	for _, s := range o.Stores {
+		f.stores = append(f.stores, &source{Store: s, place: len(f.stores), log: f.log})
+	}
+	return f
+}
+
+// Close waits a moment for the cache writes that are under way and drops the
+// rest. Reads go on to work, past the cache's writes.
+func (f *Fetcher) Close() error {
+	if f.cache == nil {
+		return nil
+	}
+	return f.cache.close()
+}
+
+// Fetch appends the plain bytes of chunk c to dst. It tries again, with pauses,
+// until ctx ends, unless all stores answered and none has good bytes: the error
+// then wraps ErrNotFound or is a *CorruptError.
+func (f *Fetcher) Fetch(ctx context.Context, c index.Chunk, dst []byte) ([]byte, error) {
+	if err := checkSize(c); err != nil {
+		return dst, err
+	}
+	if plain, ok := f.cached(ctx, c, dst); ok {
+		return plain, nil
+	}
+	out := dst
+	_, err := f.fetch(ctx, []*want{f.newWant(c, 0)}, &sink{
+		base:     dst,
+		emit:     func(_ *want, plain []byte) error { out = plain; return nil },
+		patience: readPatience,
+	})
+	if err != nil {
+		return dst, err
+	}
+	return out, nil
+}
+
+// FetchBatch calls yield with the plain bytes of each of cs, i being the place
+// in cs: first those in the cache, then the others as they arrive, in any
+// order and never two at a time. plain is valid until yield returns. It stops at
+// yield's first error and returns it. A chunk that cannot be had does not stop
+// the others; the result is then the errors of all such chunks. When the cache
+// falls behind with its writes, FetchBatch waits for it.
+func (f *Fetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i int, plain []byte) error) error {
+	type name struct {
+		id   index.ID
+		size int
+	}
+	var (
+		buf     []byte
+		missing []*want
+		byName  = make(map[name]*want) // a chunk that occurs twice is fetched once
+	)
+	for i, c := range cs {
+		if w := byName[name{c.ID, c.Size}]; w != nil {
+			w.places = append(w.places, i)
+			continue
+		}
+		if err := checkSize(c); err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		plain, ok := f.cached(ctx, c, buf[:0])
+		if !ok {
+			w := f.newWant(c, i)
+			byName[name{c.ID, c.Size}] = w
+			missing = append(missing, w)
+			continue
+		}
+		buf = plain
+		if err := yield(i, plain); err != nil {
+			return err
+		}
+	}
+	abort, err := f.fetch(ctx, missing, &sink{
+		base: buf[:0],
+		emit: func(w *want, plain []byte) error {
+			for _, i := range w.places {
+				if err := yield(i, plain); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		patience: batchPatience,
+	})
+	if abort != nil {
+		return abort
+	}
+	return err
+}
+
+// cached appends the plain bytes of chunk c to dst if the cache has them.
+func (f *Fetcher) cached(ctx context.Context, c index.Chunk, dst []byte) ([]byte, bool) {
+	if f.cache == nil {
+		return dst, false
+	}
+	return f.cache.get(ctx, f.digest, c, dst)
+}
+
+// want is a chunk that is to be had from a store.
+type want struct {
+	chunk    index.Chunk
+	places   []int   // where FetchBatch's caller wants it
+	done     bool    // it was delivered, or failed for good
+	failures []error // the last one of each store, nil where there is none
+	corrupt  int     // rounds through the stores in which one had it, but damaged
+}
+
+func (f *Fetcher) newWant(c index.Chunk, place int) *want {
+	return &want{chunk: c, places: []int{place}, failures: make([]error, len(f.stores))}
+}
+
+// retry reports whether asking again may help, and after which pause the
+// stores that failed want to be asked.
+func (w *want) retry() (again bool, after time.Duration) {
+	damaged := false
+	for _, err := range w.failures {
+		var (
+			corrupt *CorruptError
+			delayed interface{ RetryAfter() time.Duration }
+		)
+		switch {
+		case err == nil || errors.Is(err, ErrNotFound):
+		case errors.As(err, &corrupt):
+			damaged = true
+		default:
+			again = true
+			if errors.As(err, &delayed) {
+				after = max(after, delayed.RetryAfter())
+			}
+		}
+	}
+	if damaged {
+		w.corrupt++
+		again = again || w.corrupt < corruptRounds
+	}
+	return again, after
+}
+
+// sink takes the frames that stores deliver.
+type sink struct {
+	mu       sync.Mutex // deliveries come one at a time
+	base     []byte     // plain bytes are appended to it
+	emit     func(w *want, plain []byte) error
+	patience time.Duration // how long to wait for room in the cache's queue
+	abort    error         // emit's first error
+}
+
+const (
+	firstPause = 50 * time.Millisecond
+	longPause  = 5 * time.Second
+	// corruptRounds is how often damaged bytes are asked for: a second time, as
+	// they may have been damaged on their way.
+	corruptRounds = 2
+)
+
+// fetch delivers wants to k. abort is k's error; err tells of the chunks that
+// could not be had.
+func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err error) {
+	var failed []error
+	for round := 0; ; round++ {
+		var after time.Duration
+		for _, s := range f.order() {
+			open := undone(wants)
+			if len(open) == 0 || ctx.Err() != nil {
+				break
+			}
+			if f.ask(ctx, s, open, k); k.abort != nil {
+				return k.abort, nil
+			}
+		}
+		wants = undone(wants)
+		again := false
+		for _, w := range wants {
+			retry, pause := w.retry()
+			if retry && ctx.Err() == nil {
+				again, after = true, max(after, pause)
+				continue
+			}
+			w.done = true
+			e := &fetchError{id: w.chunk.ID, failures: w.failures}
+			if retry {
+				e.failures = append(e.failures, fmt.Errorf("gave up: %w", context.Cause(ctx)))
+			}
+			failed = append(failed, e)
+		}
+		if !again {
+			return nil, joinFailed(failed)
+		}
+		pause := min(firstPause<<min(round, 10), longPause)
+		pause = pause/2 + rand.N(pause/2) // many readers of one store shall not come back together
+		sleep(ctx, max(pause, after))
+	}
+}
+
+func undone(wants []*want) []*want {
+	var open []*want
+	for _, w := range wants {
+		if !w.done {
+			open = append(open, w)
+		}
+	}
+	return open
+}
+
+// sleep waits for d or for ctx to end.
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
+
+// ask asks s for wants and gives k what it delivers. Each want that s does not
+// deliver gets a failure.
+func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
+	watched, timer, stop := watch(ctx, s.patience(ctx, len(f.stores)))
+	defer stop()
+	// fail notes err, of one request, for each of ws.
+	fail := func(err error, ws ...*want) {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		if k.abort != nil {
+			return
+		}
+		notFound := errors.Is(err, ErrNotFound)
+		if cause := context.Cause(watched); cause != nil && ctx.Err() == nil && !notFound {
+			err = cause
+		}
+		err = fmt.Errorf("%s: %w", s, err)
+		for _, w := range ws {
+			// That the caller gave up says less than why the last attempt failed.
+			if ctx.Err() == nil || w.failures[s.place] == nil {
+				w.failures[s.place] = err
+			}
+		}
+		if !notFound && ctx.Err() == nil {
+			s.failed(ws[0].chunk.ID, err)
+		}
+	}
+	take := func(w *want, frame []byte) error {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		// The time that the caller and the cache take is not the store's.
+		timer.stop()
+		defer timer.start()
+		return f.take(ctx, s, w, frame, k)
+	}
+
+	if b, ok := s.Store.(Batcher); ok && len(wants) > 1 {
+		ids := make([]index.ID, len(wants))
+		taken := make([]bool, len(wants))
+		for i, w := range wants {
+			ids[i] = w.chunk.ID
+		}
+		err := b.GetBatch(watched, ids, func(i int, frame []byte) error {
+			taken[i] = true
+			return take(wants[i], frame)
+		})
+		var rest []*want
+		for i, w := range wants {
+			if !taken[i] {
+				rest = append(rest, w)
+			}
+		}
+		switch {
+		case k.abort != nil || len(rest) == 0:
+			return
+		case err == nil:
+			err = errors.New("the store ended a batch without delivering all of it")
+			fallthrough
+		case !errors.Is(err, ErrNotFound):
+			fail(err, rest...)
+			return
+		}
+		// One of them is not there, and the batch ended with it.
+		wants = rest
+	}
+
+	var g sync.WaitGroup
+	work := make(chan *want)
+	for range min(len(wants), parallelGets) {
+		g.Go(func() {
+			frame := frames.Get().(*[]byte)
+			defer frames.Put(frame)
+			for w := range work {
+				if watched.Err() != nil {
+					fail(watched.Err(), w)
+					continue
+				}
+				got, err := s.Get(watched, w.chunk.ID, (*frame)[:0])
+				if err != nil {
+					fail(err, w)
+					continue
+				}
+				*frame = got
+				if take(w, got) != nil {
+					stop()
+				}
+			}
+		})
+	}
+	for _, w := range wants {
+		work <- w
+	}
+	close(work)
+	g.Wait()
+}
+
+// parallelGets is how many requests of one call go to a store at a time.
+const parallelGets = 8
+
+// frames keeps buffers for stored chunks.
+var frames = sync.Pool{New: func() any { return new([]byte) }}
+
+// take verifies the stored form of w that came from s and hands it on. Its
+// error is that of k's receiver; a damaged frame is w's failure. k.mu is held.
+func (f *Fetcher) take(ctx context.Context, s *source, w *want, frame []byte, k *sink) error {
+	if k.abort != nil {
+		return k.abort
+	}
+	if w.done {
+		return nil // a store that delivers twice
+	}
+	plain, err := Decode(k.base, frame, f.digest, w.chunk)
+	if err != nil {
+		w.failures[s.place] = s.corrupted(w.chunk.ID, err)
+		return nil
+	}
+	if len(k.base) == 0 {
+		k.base = plain[:0]
+	}
+	w.done = true
+	s.delivered(len(frame), len(plain)-len(k.base))
+	if k.abort = k.emit(w, plain); k.abort != nil {
+		return k.abort
+	}
+	if f.cache != nil {
+		f.cache.put(ctx, w.chunk.ID, frame, k.patience)
+	}
+	return nil
+}
+
+// fetchError says why a chunk could not be had, store by store.
+type fetchError struct {
+	id       index.ID
+	failures []error // nil where a store was not asked
+}
+
+func (e *fetchError) Error() string {
+	var msgs []string
+	for _, err := range e.failures {
+		if err != nil {
+			msgs = append(msgs, err.Error())
+		}
+	}
+	if len(msgs) == 0 {
+		msgs = []string{"no store to ask"}
+	}
+	return fmt.Sprintf("chunk %s: %s", e.id, strings.Join(msgs, "; "))
+}
+
+func (e *fetchError) Unwrap() []error {
+	if len(e.failures) == 0 {
+		return []error{ErrNotFound}
+	}
+	return slices.DeleteFunc(slices.Clone(e.failures), func(err error) bool { return err == nil })
+}
+
+// batchError is the errors of several chunks, on one line.
+type batchError []error
+
+func (e batchError) Error() string {
+	return fmt.Sprintf("%v (and %d more chunks)", e[0], len(e)-1)
+}
+
+func (e batchError) Unwrap() []error { return e }
+
+func joinFailed(failed []error) error {
+	switch len(failed) {
+	case 0:
+		return nil
+	case 1:
+		return failed[0]
+	}
+	return batchError(failed)
+}
+
+// Count is a number of chunks and their bytes.
+type Count struct {
+	Chunks int64
+	Stored int64 // bytes as stored
+	Plain  int64 // bytes as read
+}
+
+// StoreStats is what a Fetcher had from one store.
+type StoreStats struct {
+	Name     string // Store.String
+	Count           // delivered and good
+	Failures int64  // requests that failed, ErrNotFound apart
+	Corrupt  int64  // chunks that came damaged
+}
+
+// CacheStats is what a Fetcher had from its cache and put there.
+type CacheStats struct {
+	Count         // read and good
+	Written int64 // chunks put
+	Dropped int64 // chunks not put, as the cache was full or too slow
+	Faults  int64 // reads and writes that failed
+	Corrupt int64 // chunks that were damaged
+}
+
+// Stats is what a Fetcher has done so far.
+type Stats struct {
+	Cache  CacheStats
+	Stores []StoreStats // in the order of FetcherOptions.Stores
+}
+
+// Stats returns the counters. Each is exact; they are not of one moment.
+func (f *Fetcher) Stats() Stats {
+	var st Stats
+	if f.cache != nil {
+		st.Cache = f.cache.stats()
+	}
+	for _, s := range f.stores {
+		st.Stores = append(st.Stores, StoreStats{
+			Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load(),
+		})
+	}
+	return st
+}
+
+// counter is a Count that is counted by many.
+type counter struct {
+	chunks, stored, plain atomic.Int64
+}
+
+func (c *counter) add(stored, plain int) {
+	c.chunks.Add(1)
+	c.stored.Add(int64(stored))
+	c.plain.Add(int64(plain))
+}
+
+func (c *counter) load() Count {
+	return Count{Chunks: c.chunks.Load(), Stored: c.stored.Load(), Plain: c.plain.Load()}
+}
