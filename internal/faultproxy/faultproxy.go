@@ -1,0 +1,364 @@
+// Package faultproxy stands between a client and an HTTP server and
+// misbehaves on demand: for tests of what a program does when the network, the
+// registry or something between them fails.
+//
+// A [Proxy] passes requests on until a [Fault] is set with [Proxy.Set]; faults
+// apply to blobs only, so that the rest of a test goes on. [Proxy.Refuse] and
+// [Proxy.RequireToken] change the proxy as a whole.
+package faultproxy
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Fault answers a request instead of the server, or with what pass, the way to
+// the server, would have answered.
+type Fault func(w http.ResponseWriter, r *http.Request, pass http.Handler)
+
+// Request is what the proxy saw of a request.
+type Request struct {
+	Host          string // that was asked: Addr or Other
+	Method        string
+	Path          string
+	Range         string
+	Authorization string
+}
+
+// Proxy is an HTTP server at a loopback address that passes requests on to
+// another one.
+type Proxy struct {
+	pass   http.Handler
+	addr   string
+	server *http.Server
+	other  *httptest.Server
+
+	mu       sync.Mutex // guards all below
+	listener net.Listener
+	fault    Fault
+	log      []Request
+	conns    map[net.Conn]bool
+	tokens   *tokens
+}
+
+// New starts a Proxy in front of the server at upstream, "http://host:port".
+func New(upstream string) (*Proxy, error) {
+	u, err := url.Parse(upstream)
+	if err != nil {
+		return nil, err
+	}
+	p := &Proxy{conns: make(map[net.Conn]bool)}
+	p.pass = &httputil.ReverseProxy{
+		Rewrite: func(r *httputil.ProxyRequest) {
+			r.SetURL(u)
+			r.Out.Host = r.In.Host // so that the server's redirects come back here
+			r.Out.Header.Del("Authorization")
+		},
+		FlushInterval: -1,
+		ErrorHandler:  func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
+	}
+	p.server = &http.Server{Handler: p, ConnState: p.track}
+	if err := p.listen("127.0.0.1:0"); err != nil {
+		return nil, err
+	}
+	p.addr = p.listener.Addr().String()
+	p.other = httptest.NewServer(http.HandlerFunc(p.serveOther))
+	return p, nil
+}
+
+func (p *Proxy) listen(addr string) error {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return err
+	}
+	p.listener = l
+	go p.server.Serve(l)
+	return nil
+}
+
+func (p *Proxy) track(c net.Conn, s http.ConnState) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch s {
+	case http.StateNew:
+		p.conns[c] = true
+	case http.StateClosed, http.StateHijacked:
+		delete(p.conns, c)
+	}
+}
+
+// Addr returns the proxy's host:port.
+func (p *Proxy) Addr() string { return p.addr }
+
+// Other returns the host:port of a second host, to which Redirect sends
+// clients. It has every blob that the server has and asks for no credentials.
+func (p *Proxy) Other() string { return p.other.Listener.Addr().String() }
+
+// Close ends the proxy and all connections.
+func (p *Proxy) Close() {
+	p.server.Close()
+	p.other.CloseClientConnections()
+	p.other.Close()
+}
+
+// Set makes f answer requests for blobs from now on; nil heals.
+func (p *Proxy) Set(f Fault) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.fault = f
+}
+
+// Refuse makes the proxy refuse connections, ending those it has, or accept
+// them again.
+func (p *Proxy) Refuse(refuse bool) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if refuse {
+		for c := range p.conns {
+			c.Close()
+		}
+		return p.listener.Close()
+	}
+	return p.listen(p.addr)
+}
+
+// Log returns the requests since the start or the last Reset of the log.
+func (p *Proxy) Log() []Request {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return append([]Request(nil), p.log...)
+}
+
+// ClearLog forgets the requests so far.
+func (p *Proxy) ClearLog() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.log = nil
+}
+
+func (p *Proxy) note(r *http.Request) (Fault, *tokens) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.log = append(p.log, Request{r.Host, r.Method, r.URL.Path, r.Header.Get("Range"), r.Header.Get("Authorization")})
+	return p.fault, p.tokens
+}
+
+// ServeHTTP makes the proxy usable behind another listener, one with TLS.
+func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	fault, tokens := p.note(r)
+	if tokens != nil && !tokens.admit(w, r) {
+		return
+	}
+	if fault != nil && r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/") {
+		fault(w, r, p.pass)
+		return
+	}
+	p.pass.ServeHTTP(w, r)
+}
+
+func (p *Proxy) serveOther(w http.ResponseWriter, r *http.Request) {
+	p.note(r)
+	if r.URL.Query().Has("expired") {
+		w.WriteHeader(http.StatusForbidden)
+		return
+	}
+	p.pass.ServeHTTP(w, r)
+}
+
+// Times applies f to n requests and passes the later ones on.
+func Times(n int, f Fault) Fault {
+	var mu sync.Mutex
+	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		mu.Lock()
+		n--
+		hit := n >= 0
+		mu.Unlock()
+		if hit {
+			f(w, r, pass)
+		} else {
+			pass.ServeHTTP(w, r)
+		}
+	}
+}
+
+// Status answers with an error status, and a Retry-After header unless it is
+// empty.
+func Status(code int, retryAfter string) Fault {
+	return func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+		if retryAfter != "" {
+			w.Header().Set("Retry-After", retryAfter)
+		}
+		w.WriteHeader(code)
+	}
+}
+
+// WebPage answers as the login page of a network does.
+func WebPage() Fault {
+	return func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
+		w.Header().Set("Content-Type", "text/html; charset=utf-8")
+		fmt.Fprint(w, "<html><body>Please accept the terms of use.</body></html>")
+	}
+}
+
+// Blackhole lets nothing through for d from each request on.
+func Blackhole(d time.Duration) Fault {
+	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		if sleep(r, d) {
+			pass.ServeHTTP(w, r)
+		}
+	}
+}
+
+// IgnoreRange answers with 200 and the whole blob.
+func IgnoreRange() Fault {
+	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		r = r.Clone(r.Context())
+		r.Header.Del("Range")
+		pass.ServeHTTP(w, r)
+	}
+}
+
+// Redirect sends the client to Other, or to another host of the test, with a
+// query as a signed URL has it. Expired URLs are answered with 403.
+func Redirect(status int, host string, expired bool) Fault {
+	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+		to := url.URL{Scheme: "http", Host: host, Path: r.URL.Path, RawQuery: "signature=s3cret"}
+		if expired {
+			to.RawQuery += "&expired"
+		}
+		w.Header().Set("Location", to.String())
+		w.WriteHeader(status)
+	}
+}
+
+// RedirectLoop sends the client back to where it is.
+func RedirectLoop() Fault {
+	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+		w.Header().Set("Location", r.URL.Path)
+		w.WriteHeader(http.StatusTemporaryRedirect)
+	}
+}
+
+// WrongRange answers with the range d bytes behind the one that was asked for,
+// in truth and in the Content-Range header.
+func WrongRange(d int64) Fault {
+	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		var first, last int64
+		if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last); err == nil {
+			r = r.Clone(r.Context())
+			r.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", first+d, last+d))
+		}
+		pass.ServeHTTP(w, r)
+	}
+}
+
+// Overlong answers with n bytes more than the range has. Unless stated, the
+// length is left to the end of the response.
+func Overlong(n int, stated bool) Fault {
+	return answer(func(w http.ResponseWriter, _ *http.Request, rec *httptest.ResponseRecorder) {
+		body := append(rec.Body.Bytes(), make([]byte, n)...)
+		w.Header().Del("Content-Length")
+		if stated {
+			w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		}
+		w.WriteHeader(rec.Code)
+		w.Write(body[:len(body)-n])
+		w.(http.Flusher).Flush()
+		w.Write(body[len(body)-n:])
+	})
+}
+
+// Flip inverts the byte at place i of each response.
+func Flip(i int) Fault {
+	return answer(func(w http.ResponseWriter, _ *http.Request, rec *httptest.ResponseRecorder) {
+		w.WriteHeader(rec.Code)
+		body := rec.Body.Bytes()
+		if i < len(body) {
+			body[i] ^= 0xff
+		}
+		w.Write(body)
+	})
+}
+
+// Reset breaks the connection with RST behind n bytes of the body.
+func Reset(n int) Fault { return breakOff(n, true) }
+
+// Short ends the connection in order behind n bytes of the body.
+func Short(n int) Fault { return breakOff(n, false) }
+
+func breakOff(n int, reset bool) Fault {
+	return answer(func(w http.ResponseWriter, _ *http.Request, rec *httptest.ResponseRecorder) {
+		body := rec.Body.Bytes()
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		w.WriteHeader(rec.Code)
+		w.Write(body[:min(n, len(body))])
+		w.(http.Flusher).Flush()
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			panic(http.ErrAbortHandler)
+		}
+		if tcp, ok := conn.(*net.TCPConn); ok && reset {
+			// RST discards what is under way, so the bytes get a moment.
+			time.Sleep(20 * time.Millisecond)
+			tcp.SetLinger(0)
+		}
+		conn.Close()
+	})
+}
+
+// Slow answers after latency and then sends bytesPerSecond; 0 is no limit.
+func Slow(latency time.Duration, bytesPerSecond int) Fault {
+	return answer(func(w http.ResponseWriter, r *http.Request, rec *httptest.ResponseRecorder) {
+		if !sleep(r, latency) {
+			return
+		}
+		w.WriteHeader(rec.Code)
+		body := rec.Body.Bytes()
+		piece := len(body)
+		if bytesPerSecond > 0 {
+			piece = max(1, bytesPerSecond/50)
+		}
+		for len(body) > 0 {
+			n := min(piece, len(body))
+			if _, err := w.Write(body[:n]); err != nil {
+				return
+			}
+			w.(http.Flusher).Flush()
+			body = body[n:]
+			if bytesPerSecond > 0 && !sleep(r, time.Duration(n)*time.Second/time.Duration(bytesPerSecond)) {
+				return
+			}
+		}
+	})
+}
+
+// answer makes a Fault that spoils the server's answer, whose headers are
+// those of w.
+func answer(f func(http.ResponseWriter, *http.Request, *httptest.ResponseRecorder)) Fault {
+	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		rec := httptest.NewRecorder()
+		pass.ServeHTTP(rec, r)
+		for k, v := range rec.Header() {
+			w.Header()[k] = v
+		}
+		f(w, r, rec)
+	}
+}
+
+// sleep waits for d and reports whether the client is still there.
+func sleep(r *http.Request, d time.Duration) bool {
+	select {
+	case <-time.After(d):
+		return true
+	case <-r.Context().Done():
+		return false
+	}
+}
