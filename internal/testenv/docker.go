@@ -1,0 +1,159 @@
+package testenv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Docker is a private Docker engine.
+type Docker struct {
+	Socket string // path of its API socket
+	dir    string
+	daemon *daemon
+	cli    string
+}
+
+// maxSocket is the longest path that a Unix socket can have, in bytes.
+const maxSocket = 107
+
+// StartDocker starts a dockerd that keeps everything below dir and waits until
+// it answers. It has no bridge and touches no firewall: containers run with
+// --network host, none, or container:ID (see [Pod]).
+func StartDocker(ctx context.Context, dir string) (*Docker, error) {
+	dir, err := absDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	d := &Docker{Socket: filepath.Join(dir, "docker.sock"), dir: dir}
+	execRoot := filepath.Join(dir, "run")
+	if long := filepath.Join(execRoot, "containerd/containerd-debug.sock"); len(long) > maxSocket {
+		return nil, fmt.Errorf("start dockerd: %s is %d bytes long, a socket's path has at most %d: use a shorter directory", long, len(long), maxSocket)
+	}
+	if d.cli, err = dockerCLI(); err != nil {
+		return nil, err
+	}
+	// Where a system containerd runs, dockerd uses it. A namespace of its own
+	// keeps the containers apart from those of the system's Docker.
+	ns := "bootfs-" + strconv.Itoa(os.Getpid())
+	cmd := exec.Command("dockerd",
+		"--data-root", filepath.Join(dir, "data"),
+		"--exec-root", execRoot,
+		"--pidfile", filepath.Join(dir, "dockerd.pid"),
+		"--config-file", filepath.Join(dir, "daemon.json"), // absent: the system's is not read
+		"--host", "unix://"+d.Socket,
+		"--containerd-namespace", ns, "--containerd-plugins-namespace", ns+"-plugins",
+		"--storage-driver", "overlay2",
+		"--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false",
+		"--shutdown-timeout", "5")
+	if err := os.WriteFile(filepath.Join(dir, "daemon.json"), []byte("{}\n"), 0o644); err != nil {
+		return nil, err
+	}
+	if d.daemon, err = startDaemon("dockerd", filepath.Join(dir, "dockerd.log"), cmd, syscall.SIGTERM); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	defer cancel()
+	if err := d.daemon.ready(ctx, func() error {
+		_, err := d.Output(ctx, "version")
+		return err
+	}); err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	return d, nil
+}
+
+// dockerCLI finds the client of the packaged engine: another one that stands
+// earlier on PATH may speak only to newer engines.
+func dockerCLI() (string, error) {
+	const packaged = "/usr/bin/docker"
+	if _, err := os.Stat(packaged); err == nil {
+		return packaged, nil
+	}
+	return exec.LookPath("docker")
+}
+
+// Command returns a call of the docker client that speaks to this engine. The
+// client reads its configuration from below the engine's directory, so no
+// login of the caller's is used or changed.
+func (d *Docker) Command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, d.cli, args...)
+	cmd.Env = append(os.Environ(), d.Env()...)
+	return cmd
+}
+
+// Env is what a process needs to reach this engine as its default one.
+func (d *Docker) Env() []string {
+	return []string{"DOCKER_HOST=unix://" + d.Socket, "DOCKER_CONFIG=" + filepath.Join(d.dir, "config"), "DOCKER_CONTEXT="}
+}
+
+// Output runs the docker client and returns what it wrote to stdout; an error
+// carries stdout and stderr.
+func (d *Docker) Output(ctx context.Context, args ...string) (string, error) {
+	out, err := output(d.Command(ctx, args...))
+	return string(out), err
+}
+
+// Log returns the last lines of the engine's log, for a failed test to show.
+func (d *Docker) Log() string { return d.daemon.tail() }
+
+// Close kills the engine's containers, stops it and the processes that it
+// started, and unmounts what it mounted. Its directory may be removed after.
+func (d *Docker) Close() error {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	var errs []error
+	// dockerd would give each container the shutdown timeout.
+	if ids, err := d.Output(ctx, "ps", "--quiet", "--no-trunc"); err == nil && ids != "" {
+		if _, err := d.Output(ctx, append([]string{"kill"}, strings.Fields(ids)...)...); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	errs = append(errs, d.daemon.stop(30*time.Second))
+	errs = append(errs, d.stopContainerd())
+
+	points, err := mountsBelow(d.dir)
+	errs = append(errs, err)
+	for _, p := range points {
+		// The engine itself leaves the handle of the host's network namespace.
+		if !strings.HasPrefix(p, filepath.Join(d.dir, "run/netns")+"/") {
+			errs = append(errs, fmt.Errorf("dockerd left %s mounted\n%s", p, d.daemon.tail()))
+		}
+		if err := syscall.Unmount(p, syscall.MNT_DETACH); err != nil {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", p, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// stopContainerd ends the engine's own containerd, which outlives a dockerd
+// that was killed.
+func (d *Docker) stopContainerd() error {
+	b, err := os.ReadFile(filepath.Join(d.dir, "run/containerd/containerd.pid"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // dockerd removed it once containerd had ended
+	}
+	if err != nil {
+		return err
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		return fmt.Errorf("containerd.pid: %w", err)
+	}
+	// The number may belong to another process by now.
+	args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !strings.Contains(string(args), filepath.Join(d.dir, "run/containerd/")) {
+		return nil
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		return fmt.Errorf("containerd %d outlived dockerd; kill it: %w", pid, err)
+	}
+	return fmt.Errorf("containerd %d outlived dockerd and was killed", pid)
+}
