@@ -62,6 +62,9 @@ func (l *lister) entry(h *header) (entry, error) {
 	if i := strings.LastIndexByte(name, '/'); i >= 0 {
 		dir, base = name[:i], name[i+1:]
 	}
+	if name == "" && h.typ != typeDir {
+		return entry{}, errors.New("the root is not a directory here")
+	}
 	switch {
 	case base == opaqueName:
 		return l.keep(entry{dir: dir, kind: opaque})
@@ -95,9 +98,6 @@ func (l *lister) entry(h *header) (entry, error) {
 	node, err := l.node(h)
 	if err != nil {
 		return entry{}, err
-	}
-	if name == "" && !node.IsDir() {
-		return entry{}, errors.New("the root is not a directory here")
 	}
 	return l.keep(entry{dir: dir, base: base, node: node, kind: file})
 }
