@@ -1,0 +1,376 @@
+package transport
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path"
+	"strings"
+	"sync"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// maxArchiveEntries bounds how many files a tar of an image may have.
+const maxArchiveEntries = 100_000
+
+// archive is a tar file whose files are read in place.
+type archive struct {
+	file  *os.File
+	files map[string]span   // by cleaned name
+	links map[string]string // cleaned name → cleaned name
+}
+
+// span is where a file lies in the archive.
+type span struct{ off, size int64 } // bytes
+
+// openArchive opens the tar file at path. What cannot be read in place, a pipe
+// or a compressed file, is spooled.
+func openArchive(ctx context.Context, path string, o Options) (*archive, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	if info.IsDir() {
+		f.Close()
+		return nil, fmt.Errorf("%s is a directory, not an archive; did you mean oci:%s?", path, path)
+	}
+	magic := make([]byte, 4)
+	n, err := io.ReadFull(f, magic)
+	if err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
+		f.Close()
+		return nil, err
+	}
+	whole := io.MultiReader(bytes.NewReader(magic[:n]), f)
+	var plain io.Reader
+	switch {
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
+		plain, err = gzip.NewReader(whole)
+	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		var z *zstd.Decoder
+		if z, err = zstd.NewReader(whole, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(128<<20)); err == nil {
+			defer z.Close()
+			plain = z
+		}
+	case info.Mode().IsRegular():
+		return scanArchive(ctx, f)
+	default:
+		plain = whole
+	}
+	defer f.Close()
+	if err != nil {
+		return nil, fmt.Errorf("decompress %s: %w", path, err)
+	}
+	if err := checkSpace(o.TempDir, info.Size()); err != nil {
+		return nil, err
+	}
+	spooled, _, err := spool(ctx, o.TempDir, plain, o.progress)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return scanArchive(ctx, spooled)
+}
+
+// scanArchive notes where the files of the tar lie, and takes over f.
+func scanArchive(ctx context.Context, f *os.File) (*archive, error) {
+	a := &archive{file: f, files: map[string]span{}, links: map[string]string{}}
+	if err := a.scan(ctx); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("not a tar archive of an image: %w", err)
+	}
+	return a, nil
+}
+
+func (a *archive) scan(ctx context.Context) error {
+	end, err := a.file.Seek(0, io.SeekEnd)
+	if err != nil {
+		return err
+	}
+	// archive/tar reads headers without looking ahead and seeks over contents,
+	// so the position behind a header is where the content begins.
+	r := io.NewSectionReader(a.file, 0, end)
+	t := tar.NewReader(r)
+	for n := 0; ; n++ {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if n > maxArchiveEntries {
+			return fmt.Errorf("it has more than %d entries", maxArchiveEntries)
+		}
+		h, err := t.Next()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		name := path.Clean("/" + h.Name)
+		switch h.Typeflag {
+		case tar.TypeReg:
+			if _, sparse := h.PAXRecords["GNU.sparse.major"]; sparse {
+				continue
+			}
+			off, err := r.Seek(0, io.SeekCurrent)
+			if err != nil {
+				return err
+			}
+			if h.Size > end-off {
+				return fmt.Errorf("%.100q ends %d bytes behind the end of the file: %w", h.Name, h.Size-(end-off), io.ErrUnexpectedEOF)
+			}
+			a.files[name] = span{off, h.Size}
+			delete(a.links, name)
+		case tar.TypeLink:
+			a.links[name] = path.Clean("/" + h.Linkname)
+		case tar.TypeSymlink:
+			a.links[name] = path.Join(path.Dir(name), h.Linkname)
+		}
+	}
+}
+
+// find returns where a file lies. Older engines link equal layers.
+func (a *archive) find(name string) (span, error) {
+	at := path.Clean("/" + name)
+	for range 10 {
+		if s, ok := a.files[at]; ok {
+			return s, nil
+		}
+		next, ok := a.links[at]
+		if !ok {
+			break
+		}
+		at = next
+	}
+	return span{}, fmt.Errorf("%.200q: %w in the archive", name, errNoFile)
+}
+
+var errNoFile = errors.New("no such file")
+
+func (a *archive) section(s span) *io.SectionReader {
+	return io.NewSectionReader(a.file, s.off, s.size)
+}
+
+// read reads a small file.
+func (a *archive) read(name string, limit int64) ([]byte, error) {
+	s, err := a.find(name)
+	if err != nil {
+		return nil, err
+	}
+	if s.size > limit {
+		return nil, fmt.Errorf("%.200q has %d bytes, at most %d are read", name, s.size, limit)
+	}
+	b := make([]byte, s.size)
+	if _, err := io.ReadFull(a.section(s), b); err != nil {
+		return nil, fmt.Errorf("%.200q: %w", name, err)
+	}
+	return b, nil
+}
+
+// ociArchive reads an OCI layout in a tar file.
+type ociArchive struct {
+	resolved
+	*archive
+	path string
+}
+
+func openOCIArchive(ctx context.Context, r Ref, o Options) (Source, error) {
+	a, err := openArchive(ctx, r.Path, o)
+	if err != nil {
+		return nil, err
+	}
+	s := &ociArchive{archive: a, path: r.Path}
+	raw, err := a.read(indexFile, maxManifest)
+	if errors.Is(err, errNoFile) {
+		err = fmt.Errorf("it holds no OCI layout: it has no %s", indexFile)
+		if _, dockerErr := a.find(dockerManifest); dockerErr == nil {
+			err = fmt.Errorf("it is an archive of docker save; name it docker-archive:%s", r.Path)
+		}
+	}
+	var d v1.Descriptor
+	if err == nil {
+		var x *layoutIndex
+		if x, err = parseLayoutIndex(raw); err == nil {
+			d, err = x.find(r.Name)
+		}
+	}
+	if err == nil {
+		s.images, s.skipped, err = resolve(ctx, s, d, o.Platforms)
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *ociArchive) StoreAddress() string                { return "" }
+func (s *ociArchive) Blobs() (registrystore.Blobs, error) { return s, nil }
+func (s *ociArchive) String() string                      { return OCIArchive + ":" + s.path }
+func (s *ociArchive) Close() error                        { return s.file.Close() }
+
+func (s *ociArchive) manifest(_ context.Context, d v1.Descriptor) ([]byte, error) {
+	return s.read(blobPath(d.Digest), maxManifest)
+}
+
+func (s *ociArchive) blob(_ context.Context, d v1.Descriptor) (io.ReadCloser, error) {
+	at, err := s.find(blobPath(d.Digest))
+	if err != nil {
+		return nil, err
+	}
+	return io.NopCloser(s.section(at)), nil
+}
+
+func (s *ociArchive) local(d v1.Descriptor) io.ReaderAt {
+	at, err := s.find(blobPath(d.Digest))
+	if err != nil || at.size != d.Size {
+		return nil // reading the blob will say why
+	}
+	return s.section(at)
+}
+
+// Range implements registrystore.Blobs.
+func (s *ociArchive) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
+	fail := func(err error) error {
+		return &registrystore.Error{Place: s.String(), Digest: digest, Err: err}
+	}
+	h, err := v1.NewHash(digest)
+	if err != nil {
+		return nil, fail(err)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fail(err)
+	}
+	at, err := s.find(blobPath(h))
+	if err != nil {
+		return nil, fail(err)
+	}
+	if off < 0 || n < 0 || off > math.MaxInt64-n || off+n > at.size {
+		return nil, fail(fmt.Errorf("%d bytes at %d of a blob of %d", n, off, at.size))
+	}
+	return io.NopCloser(io.NewSectionReader(s.file, at.off+off, n)), nil
+}
+
+// tarWriter writes the files of an image into a tar that depends on nothing
+// but their names and bytes.
+type tarWriter struct{ *tar.Writer }
+
+func (w tarWriter) add(name string, size int64, r io.Reader) error {
+	h := &tar.Header{Name: name, Mode: 0o644, Size: size, Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0)}
+	if strings.HasSuffix(name, "/") {
+		h.Mode, h.Typeflag = 0o755, tar.TypeDir
+	}
+	if err := w.WriteHeader(h); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	if size == 0 {
+		return nil
+	}
+	if _, err := io.Copy(w, r); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// ociArchiveDestination writes an OCI layout as a tar. Packs go into it as
+// they come, so that they are never stored twice.
+type ociArchiveDestination struct {
+	name string
+	o    Options
+
+	mu   sync.Mutex // guards the tar and what is in it
+	file *replacement
+	tar  tarWriter
+	has  map[v1.Hash]bool
+	err  error // a half-written entry spoils the rest
+}
+
+func openOCIArchiveDestination(r Ref, o Options) (Destination, error) {
+	f, err := newReplacement(r.Path)
+	if err != nil {
+		return nil, err
+	}
+	d := &ociArchiveDestination{name: r.Name, o: o, file: f, tar: tarWriter{tar.NewWriter(f)}, has: map[v1.Hash]bool{}}
+	err = d.tar.add(layoutFile, int64(len(layoutText)), strings.NewReader(layoutText))
+	for _, dir := range []string{"blobs/", "blobs/sha256/"} {
+		if err == nil {
+			err = d.tar.add(dir, 0, nil)
+		}
+	}
+	if err != nil {
+		f.abandon()
+		return nil, err
+	}
+	return d, nil
+}
+
+func (d *ociArchiveDestination) HoldsPacks() bool     { return true }
+func (d *ociArchiveDestination) StoreAddress() string { return "" }
+
+func (d *ociArchiveDestination) PutPack(ctx context.Context, p registrystore.Pack) (bool, error) {
+	return putPack(ctx, d, p)
+}
+
+func (d *ociArchiveDestination) put(ctx context.Context, h v1.Hash, size int64, open func() (io.ReadCloser, error)) (bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.err != nil {
+		return false, d.err
+	}
+	if d.has[h] {
+		return true, nil
+	}
+	rc, err := open()
+	if err != nil {
+		return false, err
+	}
+	defer rc.Close()
+	v, err := verify(rc, v1.Descriptor{Digest: h, Size: size})
+	if err != nil {
+		return false, err
+	}
+	if d.err = d.tar.add(blobPath(h), size, &progressReader{ctx: ctx, r: v, progress: d.o.progress}); d.err != nil {
+		return false, d.err
+	}
+	d.has[h] = true
+	return false, nil
+}
+
+func (d *ociArchiveDestination) Commit(ctx context.Context, images []PlatformImage) (string, error) {
+	x, err := putImages(ctx, d, images)
+	if err != nil {
+		return "", err
+	}
+	index, err := emptyLayoutIndex().set(d.name, x.desc)
+	if err != nil {
+		return "", err
+	}
+	if err := d.tar.add(indexFile, int64(len(index)), bytes.NewReader(index)); err != nil {
+		return "", err
+	}
+	if err := d.tar.Close(); err != nil {
+		return "", err
+	}
+	if err := d.file.commit(0o644); err != nil {
+		return "", err
+	}
+	return x.desc.Digest.String(), nil
+}
+
+func (d *ociArchiveDestination) Close() error {
+	d.file.abandon()
+	return nil
+}

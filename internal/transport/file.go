@@ -1,0 +1,133 @@
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// openRegular opens a file for reading that others may have put there: a FIFO
+// in its place must not hang the caller.
+func openRegular(root *os.Root, name string) (*os.File, int64, error) {
+	f, err := root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := f.Stat()
+	if err == nil && !info.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", filepath.Join(root.Name(), name))
+	}
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, info.Size(), nil
+}
+
+// replacement is a file that takes the place of another in one step.
+type replacement struct {
+	*os.File
+	path string
+}
+
+// newReplacement starts the next content of path, in a file beside it: a
+// rename works only within one filesystem.
+func newReplacement(path string) (*replacement, error) {
+	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s exists and is not a regular file", path)
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".bootfs-*")
+	if err != nil {
+		return nil, err
+	}
+	return &replacement{f, path}, nil
+}
+
+// commit puts the file in its place. Its content is on the disk before it has
+// the name, and the name is before commit returns: a power cut leaves the old
+// file or the new one.
+func (r *replacement) commit(mode os.FileMode) error {
+	err := errors.Join(r.Chmod(mode), r.Sync(), r.File.Close())
+	if err == nil {
+		err = os.Rename(r.Name(), r.path)
+	}
+	if err != nil {
+		os.Remove(r.Name())
+		return err
+	}
+	return syncDir(filepath.Dir(r.path))
+}
+
+// abandon removes the file. It does nothing after a commit.
+func (r *replacement) abandon() {
+	if r.File.Close() == nil {
+		os.Remove(r.Name())
+	}
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// spool copies r to a file without a name in dir, so that nothing stays behind
+// however the process ends.
+func spool(ctx context.Context, dir string, r io.Reader, progress func(int64)) (*os.File, int64, error) {
+	f, err := os.CreateTemp(dir, "bootfs-image-*")
+	if err != nil {
+		return nil, 0, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	n, err := io.Copy(f, &progressReader{ctx: ctx, r: r, progress: progress})
+	if err != nil {
+		f.Close()
+		return nil, 0, fmt.Errorf("spool to %s: %w", filepath.Dir(f.Name()), err)
+	}
+	return f, n, nil
+}
+
+// progressReader reports what passes, and ends with its context.
+type progressReader struct {
+	ctx      context.Context
+	r        io.Reader
+	progress func(int64)
+}
+
+func (p *progressReader) Read(b []byte) (int, error) {
+	if err := p.ctx.Err(); err != nil {
+		return 0, context.Cause(p.ctx)
+	}
+	n, err := p.r.Read(b)
+	if n > 0 {
+		p.progress(int64(n))
+	}
+	return n, err
+}
+
+// checkSpace refuses to begin when dir has less than need bytes free.
+func checkSpace(dir string, need int64) error {
+	if dir == "" {
+		dir = os.TempDir()
+	}
+	var s unix.Statfs_t
+	if err := unix.Statfs(dir, &s); err != nil {
+		return fmt.Errorf("free space of %s: %w", dir, err)
+	}
+	if free := int64(s.Bavail) * s.Bsize; free < need {
+		return fmt.Errorf("%s has %d MiB free, %d MiB are needed to hold the image while it is read; choose another directory for temporary files", dir, free>>20, need>>20)
+	}
+	return nil
+}

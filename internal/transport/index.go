@@ -1,0 +1,165 @@
+package transport
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// AnnotationBoot names, in the index's descriptor of a data manifest, the boot
+// manifest whose packs it lists.
+const AnnotationBoot = "vnd.bootfs.boot.digest"
+
+// ociIndex is the index of a converted image. It implements remote.Taggable
+// with a media type.
+type ociIndex struct {
+	raw  []byte
+	desc v1.Descriptor
+}
+
+func (x *ociIndex) RawManifest() ([]byte, error)        { return x.raw, nil }
+func (x *ociIndex) MediaType() (types.MediaType, error) { return types.OCIImageIndex, nil }
+
+// newIndex lists the boot manifests and, behind them, the data manifests:
+// engines that take the first manifest they can run find it first.
+func newIndex(images []PlatformImage) (*ociIndex, error) {
+	if len(images) == 0 {
+		return nil, errors.New("no image to commit")
+	}
+	m := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+	var data []v1.Descriptor
+	for _, img := range images {
+		boot, err := partial.Descriptor(img.Boot)
+		if err != nil {
+			return nil, fmt.Errorf("boot image for %s: %w", img.Platform, err)
+		}
+		platform := img.Platform
+		m.Manifests = append(m.Manifests, v1.Descriptor{
+			MediaType: boot.MediaType, Size: boot.Size, Digest: boot.Digest, Platform: &platform,
+		})
+		if img.Data == nil {
+			continue
+		}
+		d, err := partial.Descriptor(img.Data)
+		if err != nil {
+			return nil, fmt.Errorf("data manifest for %s: %w", img.Platform, err)
+		}
+		data = append(data, v1.Descriptor{
+			MediaType: d.MediaType, Size: d.Size, Digest: d.Digest,
+			ArtifactType: registrystore.ArtifactTypeData,
+			Platform:     registrystore.DataPlatform(),
+			Annotations:  map[string]string{AnnotationBoot: boot.Digest.String()},
+		})
+	}
+	m.Manifests = append(m.Manifests, data...)
+	raw, err := json.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	h, n, err := v1.SHA256(bytes.NewReader(raw))
+	if err != nil {
+		return nil, err
+	}
+	return &ociIndex{raw: raw, desc: v1.Descriptor{MediaType: types.OCIImageIndex, Size: n, Digest: h}}, nil
+}
+
+// blobWriter stores blobs under their digests, each whole or not at all. It is
+// safe for concurrent use.
+type blobWriter interface {
+	// put stores the blob that open reads, unless it is there.
+	put(ctx context.Context, d v1.Hash, size int64, open func() (io.ReadCloser, error)) (reused bool, err error)
+}
+
+func putBytes(ctx context.Context, w blobWriter, d v1.Hash, b []byte) error {
+	_, err := w.put(ctx, d, int64(len(b)), func() (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(b)), nil
+	})
+	return err
+}
+
+// putImage stores all that img is made of, its manifest last.
+func putImage(ctx context.Context, w blobWriter, img v1.Image) error {
+	layers, err := img.Layers()
+	if err != nil {
+		return err
+	}
+	for _, l := range layers {
+		d, err := l.Digest()
+		if err != nil {
+			return err
+		}
+		size, err := l.Size()
+		if err != nil {
+			return err
+		}
+		if _, err := w.put(ctx, d, size, l.Compressed); err != nil {
+			return err
+		}
+	}
+	name, err := img.ConfigName()
+	if err != nil {
+		return err
+	}
+	config, err := img.RawConfigFile()
+	if err != nil {
+		return err
+	}
+	if err := putBytes(ctx, w, name, config); err != nil {
+		return err
+	}
+	d, err := img.Digest()
+	if err != nil {
+		return err
+	}
+	raw, err := img.RawManifest()
+	if err != nil {
+		return err
+	}
+	return putBytes(ctx, w, d, raw)
+}
+
+// putImages stores what images are made of and the index of them, which it
+// returns.
+func putImages(ctx context.Context, w blobWriter, images []PlatformImage) (*ociIndex, error) {
+	x, err := newIndex(images)
+	if err != nil {
+		return nil, err
+	}
+	for _, img := range images {
+		if err := putImage(ctx, w, img.Boot); err != nil {
+			return nil, fmt.Errorf("boot image for %s: %w", img.Platform, err)
+		}
+		if img.Data == nil {
+			continue
+		}
+		if err := putImage(ctx, w, img.Data); err != nil {
+			return nil, fmt.Errorf("data manifest for %s: %w", img.Platform, err)
+		}
+	}
+	if err := putBytes(ctx, w, x.desc.Digest, x.raw); err != nil {
+		return nil, fmt.Errorf("index: %w", err)
+	}
+	return x, nil
+}
+
+// putPack stores a pack.
+func putPack(ctx context.Context, w blobWriter, p registrystore.Pack) (bool, error) {
+	d, err := v1.NewHash(p.Digest)
+	if err != nil {
+		return false, fmt.Errorf("pack: %w", err)
+	}
+	l, err := p.Layer()
+	if err != nil {
+		return false, err
+	}
+	return w.put(ctx, d, p.Size, l.Compressed)
+}

@@ -1,0 +1,411 @@
+package transport
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// Names in an OCI layout.
+const (
+	layoutFile  = "oci-layout"
+	indexFile   = "index.json"
+	layoutText  = `{"imageLayoutVersion":"1.0.0"}`
+	refNameAnno = "org.opencontainers.image.ref.name"
+)
+
+func blobPath(d v1.Hash) string { return filepath.Join("blobs", d.Algorithm, d.Hex) }
+
+// layoutIndex is index.json. What this program does not know it keeps.
+type layoutIndex struct {
+	fields    map[string]json.RawMessage
+	manifests []json.RawMessage
+}
+
+func parseLayoutIndex(raw []byte) (*layoutIndex, error) {
+	x := &layoutIndex{}
+	if err := json.Unmarshal(raw, &x.fields); err != nil {
+		return nil, fmt.Errorf("%s: %w", indexFile, err)
+	}
+	if m, ok := x.fields["manifests"]; ok {
+		if err := json.Unmarshal(m, &x.manifests); err != nil {
+			return nil, fmt.Errorf("%s: manifests: %w", indexFile, err)
+		}
+	}
+	return x, nil
+}
+
+// refName is how a descriptor of index.json is called, "" if it has no name.
+func refName(raw json.RawMessage) (string, error) {
+	var d struct {
+		Annotations map[string]string `json:"annotations"`
+	}
+	if err := json.Unmarshal(raw, &d); err != nil {
+		return "", fmt.Errorf("%s: %w", indexFile, err)
+	}
+	return d.Annotations[refNameAnno], nil
+}
+
+// find returns what name stands for. Without a name, the layout must hold one
+// image.
+func (x *layoutIndex) find(name string) (v1.Descriptor, error) {
+	var (
+		found []json.RawMessage
+		names []string
+	)
+	for _, m := range x.manifests {
+		n, err := refName(m)
+		if err != nil {
+			return v1.Descriptor{}, err
+		}
+		if n != "" && len(names) < 20 {
+			names = append(names, n)
+		}
+		if name == "" || n == name {
+			found = append(found, m)
+		}
+	}
+	switch {
+	case len(found) == 0 && name == "":
+		return v1.Descriptor{}, errors.New("the layout holds no image")
+	case len(found) == 0:
+		return v1.Descriptor{}, fmt.Errorf("no image is called %q; there are %q", name, names)
+	case len(found) > 1 && name == "":
+		return v1.Descriptor{}, fmt.Errorf("the layout holds %d images; choose one of %q", len(found), names)
+	case len(found) > 1:
+		return v1.Descriptor{}, fmt.Errorf("%d images are called %q", len(found), name)
+	}
+	var d v1.Descriptor
+	if err := json.Unmarshal(found[0], &d); err != nil {
+		return v1.Descriptor{}, fmt.Errorf("%s: %w", indexFile, err)
+	}
+	if d.Digest.Hex == "" {
+		return v1.Descriptor{}, fmt.Errorf("%s: a descriptor without digest", indexFile)
+	}
+	return d, nil
+}
+
+// set lets name stand for d and for nothing else.
+func (x *layoutIndex) set(name string, d v1.Descriptor) ([]byte, error) {
+	var kept []json.RawMessage
+	for _, m := range x.manifests {
+		n, err := refName(m)
+		if err != nil {
+			return nil, err
+		}
+		if n != name {
+			kept = append(kept, m)
+		}
+	}
+	if name != "" {
+		d.Annotations = map[string]string{refNameAnno: name}
+	}
+	raw, err := json.Marshal(d)
+	if err != nil {
+		return nil, err
+	}
+	x.manifests = append(kept, raw)
+	if x.fields["manifests"], err = json.Marshal(x.manifests); err != nil {
+		return nil, err
+	}
+	return json.Marshal(x.fields)
+}
+
+func emptyLayoutIndex() *layoutIndex {
+	return &layoutIndex{fields: map[string]json.RawMessage{
+		"schemaVersion": json.RawMessage("2"),
+		"mediaType":     json.RawMessage(`"application/vnd.oci.image.index.v1+json"`),
+	}}
+}
+
+// layoutSource reads an OCI layout in a directory.
+type layoutSource struct {
+	resolved
+	root *os.Root
+
+	mu    sync.Mutex
+	files []*os.File // opened for local, until Close
+}
+
+// resolved holds what resolve found.
+type resolved struct {
+	images  []Image
+	skipped []Skipped
+}
+
+func (r *resolved) Images() []Image    { return r.images }
+func (r *resolved) Skipped() []Skipped { return r.skipped }
+
+func openLayout(ctx context.Context, r Ref, o Options) (Source, error) {
+	root, err := os.OpenRoot(r.Path)
+	if err != nil {
+		return nil, err
+	}
+	s := &layoutSource{root: root}
+	raw, err := s.read(indexFile, maxManifest)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("%s is no OCI layout: it has no %s", r.Path, indexFile)
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	x, err := parseLayoutIndex(raw)
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	d, err := x.find(r.Name)
+	if err == nil {
+		s.images, s.skipped, err = resolve(ctx, s, d, o.Platforms)
+	}
+	if err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *layoutSource) StoreAddress() string { return "" }
+
+func (s *layoutSource) Blobs() (registrystore.Blobs, error) {
+	return registrystore.NewLayoutBlobs(s.root.Name()), nil
+}
+
+func (s *layoutSource) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, f := range s.files {
+		f.Close()
+	}
+	return s.root.Close()
+}
+
+// read reads a small file.
+func (s *layoutSource) read(name string, limit int64) ([]byte, error) {
+	f, size, err := openRegular(s.root, name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	if size > limit {
+		return nil, fmt.Errorf("%s has %d bytes, at most %d are read", name, size, limit)
+	}
+	return io.ReadAll(io.LimitReader(f, limit))
+}
+
+func (s *layoutSource) manifest(_ context.Context, d v1.Descriptor) ([]byte, error) {
+	return s.read(blobPath(d.Digest), maxManifest)
+}
+
+func (s *layoutSource) blob(_ context.Context, d v1.Descriptor) (io.ReadCloser, error) {
+	f, _, err := openRegular(s.root, blobPath(d.Digest))
+	return f, err
+}
+
+func (s *layoutSource) local(d v1.Descriptor) io.ReaderAt {
+	f, size, err := openRegular(s.root, blobPath(d.Digest))
+	if err != nil {
+		return nil // reading the blob will say why
+	}
+	if size != d.Size {
+		f.Close()
+		return nil
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.files = append(s.files, f)
+	return f
+}
+
+// layoutDestination writes an OCI layout in a directory. Blobs that no
+// manifest names are not part of it, so index.json is all that commits.
+type layoutDestination struct {
+	dir      string
+	name     string
+	o        Options
+	lock     *os.File // of the directory
+	made     string   // the topmost directory that was created, "" if none was
+	mu       sync.Mutex
+	written  []string // blobs stored by this run
+	finished bool
+}
+
+func openLayoutDestination(r Ref, o Options) (Destination, error) {
+	d := &layoutDestination{dir: r.Path, name: r.Name, o: o}
+	info, err := os.Stat(r.Path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		d.made = firstMissing(r.Path)
+	case err != nil:
+		return nil, err
+	case !info.IsDir():
+		return nil, errors.New("it exists and is not a directory")
+	default:
+		if err := checkLayoutDir(r.Path); err != nil {
+			return nil, err
+		}
+	}
+	if err := os.MkdirAll(filepath.Join(r.Path, "blobs", "sha256"), 0o755); err != nil {
+		return nil, err
+	}
+	// A run that fails takes its blobs back; another one at the same time
+	// could be relying on them.
+	if d.lock, err = os.Open(r.Path); err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(d.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		d.lock.Close()
+		return nil, fmt.Errorf("another conversion is writing to this directory: %w", err)
+	}
+	return d, nil
+}
+
+// firstMissing returns the topmost directory of path that does not exist.
+func firstMissing(path string) string {
+	path = filepath.Clean(path)
+	for {
+		parent := filepath.Dir(path)
+		if _, err := os.Stat(parent); err == nil || parent == path {
+			return path
+		}
+		path = parent
+	}
+}
+
+// checkLayoutDir refuses a directory that holds something else than a layout.
+func checkLayoutDir(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		switch e.Name() {
+		case layoutFile, indexFile:
+			return nil
+		case "blobs": // of a run that was killed before it committed
+		default:
+			return fmt.Errorf("the directory holds %q and no %s: it is not an OCI layout", e.Name(), layoutFile)
+		}
+	}
+	return nil
+}
+
+func (d *layoutDestination) HoldsPacks() bool     { return true }
+func (d *layoutDestination) StoreAddress() string { return "" }
+
+func (d *layoutDestination) PutPack(ctx context.Context, p registrystore.Pack) (bool, error) {
+	return putPack(ctx, d, p)
+}
+
+func (d *layoutDestination) put(ctx context.Context, h v1.Hash, size int64, open func() (io.ReadCloser, error)) (bool, error) {
+	path := filepath.Join(d.dir, blobPath(h))
+	// A blob of another size is what a power cut left: it is replaced.
+	if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() && info.Size() == size {
+		return true, nil
+	}
+	rc, err := open()
+	if err != nil {
+		return false, err
+	}
+	defer rc.Close()
+	v, err := verify(rc, v1.Descriptor{Digest: h, Size: size})
+	if err != nil {
+		return false, err
+	}
+	f, err := newReplacement(path)
+	if err != nil {
+		return false, err
+	}
+	defer f.abandon()
+	if _, err := io.Copy(f, &progressReader{ctx: ctx, r: v, progress: d.o.progress}); err != nil {
+		return false, err
+	}
+	if err := f.commit(0o644); err != nil {
+		return false, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.written = append(d.written, path)
+	return false, nil
+}
+
+func (d *layoutDestination) Commit(ctx context.Context, images []PlatformImage) (string, error) {
+	x, err := putImages(ctx, d, images)
+	if err != nil {
+		return "", err
+	}
+	if err := d.commitIndex(x.desc); err != nil {
+		return "", err
+	}
+	d.finished = true
+	return x.desc.Digest.String(), nil
+}
+
+// commitIndex enters the image in index.json.
+func (d *layoutDestination) commitIndex(desc v1.Descriptor) error {
+	path := filepath.Join(d.dir, indexFile)
+	x := emptyLayoutIndex()
+	raw, err := os.ReadFile(path)
+	if err == nil {
+		x, err = parseLayoutIndex(raw)
+	}
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	next, err := x.set(d.name, desc)
+	if err != nil {
+		return err
+	}
+	if err := replaceFile(filepath.Join(d.dir, layoutFile), []byte(layoutText)); err != nil {
+		return err
+	}
+	return replaceFile(path, next)
+}
+
+// replaceFile gives the file at path the content b, unless it has it.
+func replaceFile(path string, b []byte) error {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(bytes.TrimSpace(old), b) {
+		return nil
+	}
+	f, err := newReplacement(path)
+	if err != nil {
+		return err
+	}
+	defer f.abandon()
+	if _, err := f.Write(b); err != nil {
+		return err
+	}
+	return f.commit(0o644)
+}
+
+func (d *layoutDestination) Close() error {
+	defer d.lock.Close()
+	if d.finished {
+		return nil
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.made != "" {
+		return os.RemoveAll(d.made)
+	}
+	var errs []error
+	for _, p := range d.written {
+		if err := os.Remove(p); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,182 @@
+// Package transport reads and writes images where people keep them.
+//
+// [Open] finds an image by the names that skopeo uses, in a registry, a Docker
+// daemon, a docker-save archive or an OCI layout, and offers each of its Linux
+// platforms with the layers as they are stored. [OpenDestination] takes a
+// converted image to such a place: packs while the conversion runs, then the
+// manifests, and last the one step that makes the image visible. Until that
+// step the destination is what it was.
+package transport
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/container-bootfs/bootfs/internal/layer"
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// Options are what sources and destinations need to know. The zero value
+// works.
+type Options struct {
+	// Platforms restricts a source to the platforms named; nil takes every
+	// Linux platform.
+	Platforms []v1.Platform
+	// TempDir is where a source that cannot be read in place is spooled; ""
+	// means os.TempDir(). The files have no name there.
+	TempDir string
+	// Keychain finds credentials for registries; nil reads Docker's and
+	// Podman's configuration.
+	Keychain authn.Keychain
+	// Insecure lists registries, as HOST[:PORT], that may be spoken to over
+	// plain HTTP or with a certificate that cannot be verified. Loopback
+	// addresses may always.
+	Insecure []string
+	// DockerHost is the daemon's address; "" means DOCKER_HOST or the default
+	// socket.
+	DockerHost string
+	// Progress is told of bytes as they are spooled from a source or written
+	// to a destination; it may be called concurrently. May be nil.
+	Progress func(n int64)
+}
+
+func (o *Options) progress(n int64) {
+	if o.Progress != nil {
+		o.Progress(n)
+	}
+}
+
+// Source is an opened image.
+type Source interface {
+	// Images are the Linux platforms that were asked for, in the order of the
+	// source's index; at least one.
+	Images() []Image
+	// Skipped lists what else the source holds under that name.
+	Skipped() []Skipped
+	// StoreAddress is the address of the chunk store that lies beside an image
+	// of this source, "registry://HOST/REPOSITORY"; "" when there is none.
+	StoreAddress() string
+	// Blobs reads the packs that lie beside the image; nil when the transport
+	// cannot hold them.
+	Blobs() (registrystore.Blobs, error)
+	// Close frees what the source holds. Layers cannot be read afterwards.
+	Close() error
+}
+
+// Image is one platform of a source.
+type Image struct {
+	Platform v1.Platform
+	// Digest is that of the manifest, or of the configuration (Docker's image
+	// ID) where the transport knows no manifests.
+	Digest      string
+	Config      *v1.ConfigFile
+	RawConfig   []byte            // as stored, verified
+	Annotations map[string]string // of the manifest
+	Layers      []layer.Blob      // bottom first; as many as Config.RootFS.DiffIDs
+}
+
+// Skipped is a manifest of the source that is not among its Images.
+type Skipped struct {
+	Digest   string
+	Platform string // "" if none is stated
+	Reason   string // "attestation", "not a Linux platform", …
+}
+
+// Open finds the image that r names.
+func Open(ctx context.Context, r Ref, o Options) (Source, error) {
+	var (
+		s   Source
+		err error
+	)
+	switch r.Transport {
+	case Registry:
+		s, err = openRegistry(ctx, r, o)
+	case Daemon:
+		s, err = openDaemon(ctx, r, o)
+	case DockerArchive:
+		s, err = openDockerArchive(ctx, r, o)
+	case OCI:
+		s, err = openLayout(ctx, r, o)
+	case OCIArchive:
+		s, err = openOCIArchive(ctx, r, o)
+	default:
+		err = fmt.Errorf("unknown transport; an image is %s", Forms)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", r, err)
+	}
+	return s, nil
+}
+
+// Destination takes a converted image. Its methods may be called concurrently,
+// but for Commit and Close.
+type Destination interface {
+	// HoldsPacks reports whether packs and several platforms can lie beside
+	// one another here.
+	HoldsPacks() bool
+	// PutPack stores p unless it is there; reused says that it was.
+	PutPack(ctx context.Context, p registrystore.Pack) (reused bool, err error)
+	// StoreAddress is the address under which boot will find the packs,
+	// "registry://HOST/REPOSITORY"; "" where they lie in a layout that has no
+	// address of its own.
+	StoreAddress() string
+	// Commit stores the manifests and makes the image visible under its name
+	// in one step. It returns the digest of what the name now stands for: the
+	// index, or for Docker the image ID.
+	Commit(ctx context.Context, images []PlatformImage) (digest string, err error)
+	// Close ends the use of the destination. Without a successful Commit it
+	// takes back what was written, as far as the transport can.
+	Close() error
+}
+
+// PlatformImage is the converted image of one platform.
+type PlatformImage struct {
+	Platform v1.Platform
+	Boot     v1.Image
+	Data     v1.Image // lists the packs of Boot; nil when its chunks are elsewhere
+}
+
+// OpenDestination prepares the place that r names, and fails at once where it
+// can be seen that a later write would.
+func OpenDestination(ctx context.Context, r Ref, o Options) (Destination, error) {
+	var (
+		d   Destination
+		err error
+	)
+	switch r.Transport {
+	case Registry:
+		d, err = openRegistryDestination(ctx, r, o)
+	case Daemon:
+		d, err = openDaemonDestination(ctx, r, o)
+	case DockerArchive:
+		d, err = openDockerArchiveDestination(r, o)
+	case OCI:
+		d, err = openLayoutDestination(r, o)
+	case OCIArchive:
+		d, err = openOCIArchiveDestination(r, o)
+	default:
+		err = fmt.Errorf("unknown transport; an image is %s", Forms)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", r, err)
+	}
+	return d, nil
+}
+
+// errNoPacks is what destinations say that Docker loads from.
+var errNoPacks = errors.New("packs cannot lie beside this image; give the chunks a store of their own")
+
+// onlyImage returns the single image of a destination that holds one.
+func onlyImage(images []PlatformImage) (v1.Image, error) {
+	if len(images) != 1 {
+		return nil, fmt.Errorf("got images of %d platforms, this transport holds one", len(images))
+	}
+	if images[0].Data != nil {
+		return nil, errNoPacks
+	}
+	return images[0].Boot, nil
+}
