@@ -38,13 +38,13 @@ const (
 type Plan struct {
 	layout *erofs.Layout
 	meta   []byte
-	files  []file // in the order of the image
-	units  []Unit // without the metadata, in the order of the image
+	files  []placed // in the order of the image
+	units  []Unit   // without the metadata, in the order of the image
 	size   int64
 }
 
-// file is a regular file in its place.
-type file struct {
+// placed is a regular file in its place.
+type placed struct {
 	inode int    // its number in the layout
 	block uint32 // its first
 }
@@ -117,7 +117,7 @@ func (b *builder) add(i int, inode *tree.Inode) (offset int64, err error) {
 		return 0, fmt.Errorf("%q: with its %d bytes the root image exceeds %d bytes", b.plan.layout.Path(i), blocks*erofs.BlockSize, int64(erofs.MaxImageBlocks)*erofs.BlockSize)
 	}
 	b.start[i] = uint32(b.next)
-	b.plan.files = append(b.plan.files, file{i, uint32(b.next)})
+	b.plan.files = append(b.plan.files, placed{i, uint32(b.next)})
 	offset = b.next * erofs.BlockSize
 	b.next += blocks
 	return offset, nil
