@@ -1,0 +1,74 @@
+// Command gen builds the boot binary for the platforms that it is given and
+// writes each, compressed, where package bootbin embeds it. It is run from the
+// top of the repository; make build calls it.
+//
+// The same source and Go release give the same bytes: they become a layer that
+// all images of a release share.
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/container-bootfs/bootfs/internal/bootbin"
+	"github.com/klauspost/compress/zstd"
+)
+
+func main() {
+	platforms := os.Args[1:]
+	if len(platforms) == 0 {
+		platforms = bootbin.Platforms
+	}
+	for _, p := range platforms {
+		if err := generate(p); err != nil {
+			fmt.Fprintf(os.Stderr, "boot binary for %s: %v\n", p, err)
+			os.Exit(1)
+		}
+	}
+}
+
+func generate(platform string) error {
+	if !slices.Contains(bootbin.Platforms, platform) {
+		return fmt.Errorf("unknown platform, want one of %s", strings.Join(bootbin.Platforms, ", "))
+	}
+	// The go command leaves a binary that is up to date as it is.
+	bin := filepath.Join("bin", strings.TrimSuffix(bootbin.FileName(platform), ".zst"))
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", bin, "./cmd/bootfs-boot")
+	parts := strings.Split(platform, "/")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOAMD64=v1", "GOOS="+parts[0], "GOARCH="+parts[1])
+	if len(parts) > 2 {
+		cmd.Env = append(cmd.Env, "GOARM="+strings.TrimPrefix(parts[2], "v"))
+	}
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Run(); err != nil {
+		return err
+	}
+	plain, err := os.ReadFile(bin)
+	if err != nil {
+		return err
+	}
+	// One encoder at work: the frame does not depend on the number of cores.
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderConcurrency(1))
+	if err != nil {
+		return err
+	}
+	packed := enc.EncodeAll(plain, nil)
+	path := filepath.Join("internal", "bootbin", bootbin.FileName(platform))
+	// An unchanged file is left alone: what embeds it is not linked anew.
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, packed) {
+		return nil
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	fmt.Printf("%-14s boot binary: %5.1f MiB, %4.1f MiB compressed\n", platform, mib(plain), mib(packed))
+	return os.WriteFile(path, packed, 0o644)
+}
+
+func mib(b []byte) float64 { return float64(len(b)) / (1 << 20) }

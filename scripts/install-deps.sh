@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Installs what the tests and the demo run, as far as it is missing: Debian's
+# packages, with apt. Says nothing when all is there. Services that come with
+# the packages are not started; the tests and the demo start their own.
+set -euo pipefail
+export PATH="$PATH:/usr/sbin:/sbin"
+
+# A command and the package that brings it.
+needed='
+dockerd          docker.io
+docker           docker.io
+docker-registry  docker-registry
+skopeo           skopeo
+umoci            umoci
+casync           casync
+fsck.erofs       erofs-utils
+mmdebstrap       mmdebstrap
+zstd             zstd
+getfattr         attr
+setfacl          acl
+getcap           libcap2-bin
+ip               iproute2
+nsenter          util-linux
+mkfs.ext4        e2fsprogs
+'
+missing=()
+while read -r command package; do
+	[ -z "$command" ] || command -v "$command" >/dev/null || missing+=("$package")
+done <<<"$needed"
+
+# Debian roots are made from the machine's own apt sources: apt must know them.
+known=$(apt-get indextargets --format '$(CODENAME)' 'Created-By: Packages' 'Origin: Debian' 2>/dev/null || true)
+[ ${#missing[@]} -gt 0 ] || [ -z "$known" ] || exit 0
+
+if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+	echo "missing: ${missing[*]:-apt package lists}; install them, or run this as root on Debian 12" >&2
+	exit 1
+fi
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+policy=/usr/sbin/policy-rc.d # asked by package scripts before they start a service
+if [ ! -e "$policy" ]; then
+	trap 'rm -f "$policy"' EXIT
+	printf '#!/bin/sh\nexit 101\n' >"$policy"
+	chmod +x "$policy"
+fi
+echo "installing: ${missing[*]}"
+apt-get install -y -qq --no-install-recommends debian-archive-keyring "${missing[@]}" >/dev/null
