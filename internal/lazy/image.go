@@ -22,6 +22,10 @@ import (
 // DefaultMemory is what Options.Memory means when it is 0, in bytes.
 const DefaultMemory = 16 << 20
 
+// flightTime bounds the fetch of a chunk for one that would wait for ever. The
+// fetcher divides what time there is among its stores, so there must be an end.
+const flightTime = 30 * time.Second
+
 // causeWait is how long the last reader of a cancelled fetch waits to learn
 // what the fetch was failing at. The answer goes to a log; the reader is late.
 const causeWait = 100 * time.Millisecond
@@ -61,8 +65,9 @@ type flight struct {
 	done   chan struct{} // closed when landed
 
 	// Set before done is closed, never changed after.
-	plain []byte // nil if err is not, or if nobody wanted it
-	err   error
+	plain   []byte // nil if err is not, or if nobody wanted it
+	err     error
+	expired bool // err came when time was up for who started the flight
 }
 
 func (f *flight) landed() bool {
@@ -129,14 +134,22 @@ func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		at = next
 	}
 
-	if flights := m.board(pieces); len(flights) > 0 {
+	for {
+		flights := m.board(ctx, pieces)
+		if len(flights) == 0 {
+			break
+		}
 		err := m.wait(ctx, flights)
 		m.mu.Lock()
 		m.readers--
 		m.mu.Unlock()
+		if err == errAgain {
+			continue
+		}
 		if err != nil {
 			return 0, err
 		}
+		break
 	}
 	for _, pc := range pieces {
 		plain := pc.plain
@@ -155,7 +168,7 @@ func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 // board gives each piece its bytes, when they are in memory, or the flight
 // that brings them, and starts those that nobody else has started. If it
 // returns flights, the caller counts as a reader until it has waited for them.
-func (m *Image) board(pieces []piece) []*flight {
+func (m *Image) board(ctx context.Context, pieces []piece) []*flight {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var (
@@ -165,7 +178,7 @@ func (m *Image) board(pieces []piece) []*flight {
 	for i := range pieces {
 		pc := &pieces[i]
 		if plain, ok := m.recent.get(pc.chunk.ID); ok {
-			pc.plain = plain
+			pc.plain, pc.flight = plain, nil
 			continue
 		}
 		f := m.flights[pc.chunk.ID]
@@ -181,7 +194,7 @@ func (m *Image) board(pieces []piece) []*flight {
 		flights = append(flights, f)
 	}
 	if g != nil {
-		m.start(g)
+		m.start(ctx, g)
 	}
 	if len(flights) > 0 {
 		m.readers++
@@ -197,24 +210,35 @@ func (m *Image) add(g *group, c index.Chunk) *flight {
 	return f
 }
 
-// start begins to fetch g. Its context is nobody's in particular: it ends when
-// the last one has left. m.mu is held.
-func (m *Image) start(g *group) {
-	var ctx context.Context
-	ctx, g.cancel = context.WithCancel(context.Background())
+// start begins to fetch g for the owner of ctx. The fetch has the time that ctx
+// has, but ends before only when the last one has left. m.mu is held.
+func (m *Image) start(ctx context.Context, g *group) {
+	deadline := time.Now().Add(flightTime)
+	if d, ok := ctx.Deadline(); ok {
+		deadline = d
+	}
+	ctx, g.cancel = context.WithDeadline(context.Background(), deadline)
 	go m.fetch(ctx, g)
 }
+
+// errAgain is wait's answer when the flight of another, who had less time,
+// ended with that time.
+var errAgain = errors.New("another's time was up")
 
 // wait waits for flights until one fails or ctx ends, and leaves them.
 func (m *Image) wait(ctx context.Context, flights []*flight) error {
 	for i, f := range flights {
 		select {
 		case <-f.done:
-			if f.err != nil {
-				m.leave(flights[i:])
-				return f.err
+			if f.err == nil {
+				m.leave(flights[i : i+1])
+				continue
 			}
-			m.leave(flights[i : i+1])
+			m.leave(flights[i:])
+			if f.expired && ctx.Err() == nil {
+				return errAgain
+			}
+			return f.err
 		case <-ctx.Done():
 			m.leave(flights[i:])
 			return f.lateness(context.Cause(ctx))
@@ -228,7 +252,7 @@ func (m *Image) wait(ctx context.Context, flights []*flight) error {
 func (f *flight) lateness(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		select {
-		case <-f.done: // cancelled, unless somebody else waits for it
+		case <-f.done: // its time was up as well, or nobody waits any more
 			if f.err != nil {
 				return fmt.Errorf("chunk %s at %d: %w: %v", f.chunk.ID, f.chunk.Offset, err, f.err)
 			}
@@ -273,30 +297,30 @@ func (m *Image) fetch(ctx context.Context, g *group) {
 			cs[i] = f.chunk
 		}
 		err := m.f.FetchBatch(ctx, cs, func(i int, plain []byte) error {
-			m.land(g.flights[i], plain, false, nil)
+			m.land(ctx, g.flights[i], plain, false, nil)
 			return nil
 		})
 		if err != nil && ctx.Err() != nil {
 			for _, f := range g.flights {
-				m.land(f, nil, false, err)
+				m.land(ctx, f, nil, false, err)
 			}
 			return
 		}
 	}
-	// A batch ends with its first bad chunk. The others are not to suffer:
-	// what it has not brought is fetched one by one.
+	// The error of a batch may be that of another chunk. What it has not brought
+	// is fetched one by one, so that each reader gets its own chunk's answer.
 	for _, f := range g.flights {
 		if f.landed() {
 			continue
 		}
 		plain, err := m.f.Fetch(ctx, f.chunk, make([]byte, 0, f.chunk.Size))
-		m.land(f, plain, true, err)
+		m.land(ctx, f, plain, true, err)
 	}
 }
 
 // land ends f with its bytes or an error. The first landing counts. Unless
 // plain is owned, it is the fetcher's and is copied for those who want it.
-func (m *Image) land(f *flight, plain []byte, owned bool, err error) {
+func (m *Image) land(ctx context.Context, f *flight, plain []byte, owned bool, err error) {
 	if err == nil && len(plain) != f.chunk.Size {
 		err = fmt.Errorf("chunk %s: got %d bytes, want %d", f.chunk.ID, len(plain), f.chunk.Size)
 	}
@@ -308,7 +332,7 @@ func (m *Image) land(f *flight, plain []byte, owned bool, err error) {
 	m.forget(f)
 	switch {
 	case err != nil:
-		f.err = err
+		f.err, f.expired = err, ctx.Err() != nil
 	case f.wanted:
 		if !owned {
 			plain = bytes.Clone(plain)

@@ -343,6 +343,67 @@ func TestLeaving(t *testing.T) {
 	})
 }
 
+// Who joins a fetch has its own time, not that of who started it.
+func TestJoinerOutlastsStarter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x, f, want := testImage(t, []int{1000})
+		start := time.Now()
+		f.before = func(ctx context.Context, c index.Chunk) error {
+			if d, ok := ctx.Deadline(); !ok || d.After(time.Now().Add(10*time.Second)) {
+				t.Errorf("the fetcher got deadline %v, %v, want that of a reader", d, ok)
+			}
+			select {
+			case <-time.After(time.Until(start.Add(15 * time.Second))): // healed
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		m := New(x, f, Options{})
+		var wg sync.WaitGroup
+		for _, wait := range []time.Duration{0, 9 * time.Second} {
+			wg.Go(func() {
+				time.Sleep(wait)
+				ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+				defer cancel()
+				p := make([]byte, 1000)
+				_, err := m.ReadAt(ctx, p, 0)
+				if wait == 0 && !errors.Is(err, context.DeadlineExceeded) {
+					t.Errorf("starter: got error %v", err)
+				}
+				if wait > 0 && (err != nil || !bytes.Equal(p, want)) {
+					t.Errorf("joiner: got error %v", err)
+				}
+			})
+		}
+		wg.Wait()
+		m.idle(t)
+	})
+}
+
+func TestPrefetchOutlastsOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x, f, _ := testImage(t, slices.Repeat([]int{1000}, 10))
+		start := time.Now()
+		f.before = func(ctx context.Context, c index.Chunk) error {
+			select {
+			case <-time.After(time.Until(start.Add(5 * time.Minute))):
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+		m := New(x, f, Options{})
+		if err := m.Prefetch(t.Context(), upTo(x.Len())); err != nil {
+			t.Error(err)
+		}
+		if got := f.fetched.Load(); got != 10 || time.Since(start) != 5*time.Minute {
+			t.Errorf("got %d chunks after %v, want 10 after 5m", got, time.Since(start))
+		}
+		m.idle(t)
+	})
+}
+
 // A fetcher that ignores its context does not hold a reader up.
 func TestDeafFetcher(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

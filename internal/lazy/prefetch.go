@@ -92,25 +92,33 @@ func (m *Image) yield(ctx context.Context) {
 	}
 }
 
-// bring fetches those of cs that are not in memory nor on their way.
+// bring fetches those of cs that are not in memory nor on their way. It goes on
+// while the stores do not answer.
 func (m *Image) bring(ctx context.Context, cs []index.Chunk) error {
-	g := &group{}
-	m.mu.Lock()
-	for _, c := range cs {
-		if _, ok := m.recent.byID[c.ID]; ok || m.flights[c.ID] != nil {
-			continue
-		}
-		m.add(g, c)
-		g.waiting++
-	}
-	if len(g.flights) > 0 {
-		m.start(g)
-	}
-	m.mu.Unlock()
 	var failed error
-	for i := range g.flights {
-		if err := m.wait(ctx, g.flights[i:i+1]); err != nil && failed == nil {
-			failed = err
+	for len(cs) > 0 {
+		g := &group{}
+		m.mu.Lock()
+		for _, c := range cs {
+			if _, ok := m.recent.byID[c.ID]; ok || m.flights[c.ID] != nil {
+				continue
+			}
+			m.add(g, c)
+			g.waiting++
+		}
+		if len(g.flights) > 0 {
+			m.start(ctx, g)
+		}
+		m.mu.Unlock()
+
+		cs = nil
+		for i, f := range g.flights {
+			switch err := m.wait(ctx, g.flights[i:i+1]); {
+			case err == errAgain:
+				cs = append(cs, f.chunk)
+			case err != nil && failed == nil:
+				failed = err
+			}
 		}
 	}
 	return failed
