@@ -38,27 +38,29 @@ func newIndex(images []PlatformImage) (*ociIndex, error) {
 	m := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
 	var data []v1.Descriptor
 	for _, img := range images {
-		boot, err := partial.Descriptor(img.Boot)
-		if err != nil {
-			return nil, fmt.Errorf("boot image for %s: %w", img.Platform, err)
+		var annotations map[string]string
+		if img.Boot != nil {
+			d, err := partial.Descriptor(img.Boot)
+			if err != nil {
+				return nil, fmt.Errorf("boot image for %s: %w", img.Platform, err)
+			}
+			m.Manifests = append(m.Manifests, v1.Descriptor{
+				MediaType: d.MediaType, Size: d.Size, Digest: d.Digest, Platform: &img.Platform,
+			})
+			annotations = map[string]string{AnnotationBoot: d.Digest.String()}
 		}
-		platform := img.Platform
-		m.Manifests = append(m.Manifests, v1.Descriptor{
-			MediaType: boot.MediaType, Size: boot.Size, Digest: boot.Digest, Platform: &platform,
-		})
-		if img.Data == nil {
-			continue
+		if img.Data != nil {
+			d, err := partial.Descriptor(img.Data)
+			if err != nil {
+				return nil, fmt.Errorf("data manifest for %s: %w", img.Platform, err)
+			}
+			data = append(data, v1.Descriptor{
+				MediaType: d.MediaType, Size: d.Size, Digest: d.Digest,
+				ArtifactType: registrystore.ArtifactTypeData,
+				Platform:     registrystore.DataPlatform(),
+				Annotations:  annotations,
+			})
 		}
-		d, err := partial.Descriptor(img.Data)
-		if err != nil {
-			return nil, fmt.Errorf("data manifest for %s: %w", img.Platform, err)
-		}
-		data = append(data, v1.Descriptor{
-			MediaType: d.MediaType, Size: d.Size, Digest: d.Digest,
-			ArtifactType: registrystore.ArtifactTypeData,
-			Platform:     registrystore.DataPlatform(),
-			Annotations:  map[string]string{AnnotationBoot: boot.Digest.String()},
-		})
 	}
 	m.Manifests = append(m.Manifests, data...)
 	raw, err := json.Marshal(m)
@@ -135,14 +137,15 @@ func putImages(ctx context.Context, w blobWriter, images []PlatformImage) (*ociI
 		return nil, err
 	}
 	for _, img := range images {
-		if err := putImage(ctx, w, img.Boot); err != nil {
-			return nil, fmt.Errorf("boot image for %s: %w", img.Platform, err)
+		if img.Boot != nil {
+			if err := putImage(ctx, w, img.Boot); err != nil {
+				return nil, fmt.Errorf("boot image for %s: %w", img.Platform, err)
+			}
 		}
-		if img.Data == nil {
-			continue
-		}
-		if err := putImage(ctx, w, img.Data); err != nil {
-			return nil, fmt.Errorf("data manifest for %s: %w", img.Platform, err)
+		if img.Data != nil {
+			if err := putImage(ctx, w, img.Data); err != nil {
+				return nil, fmt.Errorf("data manifest for %s: %w", img.Platform, err)
+			}
 		}
 	}
 	if err := putBytes(ctx, w, x.desc.Digest, x.raw); err != nil {

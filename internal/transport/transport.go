@@ -133,10 +133,11 @@ type Destination interface {
 	Close() error
 }
 
-// PlatformImage is the converted image of one platform.
+// PlatformImage is the converted image of one platform. Where boot images and
+// packs go to different places, each place gets one of the two.
 type PlatformImage struct {
 	Platform v1.Platform
-	Boot     v1.Image
+	Boot     v1.Image // nil in a place for packs only
 	Data     v1.Image // lists the packs of Boot; nil when its chunks are elsewhere
 }
 
@@ -175,7 +176,7 @@ func onlyImage(images []PlatformImage) (v1.Image, error) {
 	if len(images) != 1 {
 		return nil, fmt.Errorf("got images of %d platforms, this transport holds one", len(images))
 	}
-	if images[0].Data != nil {
+	if images[0].Boot == nil || images[0].Data != nil {
 		return nil, errNoPacks
 	}
 	return images[0].Boot, nil

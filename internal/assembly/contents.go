@@ -1,0 +1,186 @@
+package assembly
+
+import (
+	"archive/tar"
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/internal/layer"
+	"github.com/container-bootfs/bootfs/internal/transport"
+)
+
+// ErrNotConverted is wrapped by ReadContents' error for an image that is no
+// boot image.
+var ErrNotConverted = errors.New("not an image that bootfs-convert made")
+
+// Contents is what stands in a boot image.
+type Contents struct {
+	Config   bootimage.Config
+	Index    []byte // package index
+	Locators []byte // package registrystore; nil when the stores are loose
+	Meta     []byte // package erofs: the front region of the root image
+}
+
+// Limits on the files of a boot image, in bytes. An index of 128 MiB names
+// chunks of some 200 GiB, and 1 GiB of metadata is that of ten million inodes.
+var limits = map[string]int64{
+	bootimage.ConfigPath:   1 << 20,
+	bootimage.IndexPath:    128 << 20,
+	bootimage.LocatorsPath: 128 << 20,
+	bootimage.MetaPath:     1 << 30,
+}
+
+// maxExpansion bounds how many times its compressed size a layer may have,
+// beyond minPlain bytes. Metadata has 3 times, a layer of links 30 times.
+const (
+	maxExpansion = 64
+	minPlain     = 8 << 20
+)
+
+// ReadContents reads a boot image back. What it returns is verified against
+// the image's digest, and its parts against one another's versions; it is not
+// parsed.
+func ReadContents(ctx context.Context, img transport.Image) (*Contents, error) {
+	if _, ok := img.Config.Config.Volumes[bootimage.WritablePath]; !ok {
+		return nil, ErrNotConverted
+	}
+	found := map[string][]byte{}
+	// An image that was built on the boot image has layers above its own, and
+	// the layer of the binary lies below: it need not be read.
+	for _, l := range slices.Backward(img.Layers) {
+		if err := readLayer(ctx, l, found); err != nil {
+			return nil, fmt.Errorf("layer %s: %w", l.Name, err)
+		}
+		if found[bootimage.ConfigPath] != nil && found[bootimage.IndexPath] != nil && found[bootimage.MetaPath] != nil {
+			return newContents(found)
+		}
+	}
+	return nil, fmt.Errorf("%w: %s is missing", ErrNotConverted, bootimage.ConfigPath)
+}
+
+func newContents(found map[string][]byte) (*Contents, error) {
+	c := &Contents{
+		Index:    found[bootimage.IndexPath],
+		Locators: found[bootimage.LocatorsPath],
+		Meta:     found[bootimage.MetaPath],
+	}
+	var version struct{ Version int }
+	if err := json.Unmarshal(found[bootimage.ConfigPath], &version); err != nil {
+		return nil, fmt.Errorf("%s: %w", bootimage.ConfigPath, err)
+	}
+	if version.Version != bootimage.Version {
+		return nil, fmt.Errorf("%s: format version %d, this program knows %d", bootimage.ConfigPath, version.Version, bootimage.Version)
+	}
+	if err := json.Unmarshal(found[bootimage.ConfigPath], &c.Config); err != nil {
+		return nil, fmt.Errorf("%s: %w", bootimage.ConfigPath, err)
+	}
+	if got := fmt.Sprintf("sha256:%x", sha256.Sum256(c.Index)); got != c.Config.IndexDigest {
+		return nil, fmt.Errorf("%s: its digest is %s, %s says %.80q", bootimage.IndexPath, got, bootimage.ConfigPath, c.Config.IndexDigest)
+	}
+	return c, nil
+}
+
+// readLayer adds the boot image's files that l holds to found, unless a layer
+// above had them.
+func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error {
+	stored, err := l.Open(ctx)
+	if err != nil {
+		return err
+	}
+	defer stored.Close()
+	plain, closePlain, err := decompress(stored)
+	if err != nil {
+		return err
+	}
+	defer closePlain()
+	limit := int64(minPlain)
+	if l.Size > 0 {
+		limit += maxExpansion * l.Size
+	}
+	sum := sha256.New()
+	r := &boundedReader{r: io.TeeReader(plain, sum), left: limit, limit: limit}
+	here := map[string][]byte{}
+	for t := tar.NewReader(r); ; {
+		h, err := t.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		name := path.Clean("/" + h.Name)
+		most, ok := limits[name]
+		if !ok || h.Typeflag != tar.TypeReg {
+			continue
+		}
+		if h.Size > most {
+			return fmt.Errorf("%s has %d bytes, at most %d are read", name, h.Size, most)
+		}
+		// The buffer grows with what arrives, not with what is claimed.
+		var b bytes.Buffer
+		if _, err := b.ReadFrom(t); err != nil {
+			return fmt.Errorf("%s: %w", name, err)
+		}
+		here[name] = append([]byte{}, b.Bytes()...)
+	}
+	// The digest covers what follows the archive, too.
+	if _, err := io.Copy(io.Discard, r); err != nil {
+		return err
+	}
+	if got := fmt.Sprintf("sha256:%x", sum.Sum(nil)); l.DiffID != "" && got != l.DiffID {
+		return fmt.Errorf("its plain content is %s, the image's configuration says %s", got, l.DiffID)
+	}
+	for name, b := range here {
+		if _, ok := found[name]; !ok {
+			found[name] = b
+		}
+	}
+	return nil
+}
+
+// decompress reads gzip, zstd (after a copy that recompressed) and plain tars.
+func decompress(stored io.Reader) (plain io.Reader, done func(), err error) {
+	b := bufio.NewReaderSize(stored, 64<<10)
+	magic, err := b.Peek(4)
+	if err != nil && err != io.EOF {
+		return nil, nil, err
+	}
+	switch {
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
+		z, err := gzip.NewReader(b)
+		return z, func() {}, err
+	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(64<<20))
+		if err != nil {
+			return nil, nil, err
+		}
+		return z, z.Close, nil
+	}
+	return b, func() {}, nil
+}
+
+// boundedReader fails where a layer becomes larger than it may be.
+type boundedReader struct {
+	r           io.Reader
+	left, limit int64 // bytes
+}
+
+func (b *boundedReader) Read(p []byte) (int, error) {
+	n, err := b.r.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return 0, fmt.Errorf("it is larger than %d bytes when decompressed", b.limit)
+	}
+	return n, err
+}

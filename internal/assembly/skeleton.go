@@ -1,0 +1,251 @@
+package assembly
+
+import (
+	"fmt"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/internal/tree"
+)
+
+const (
+	// maxSkeleton bounds the files of a boot image.
+	maxSkeleton = 100_000
+	// maxShipped bounds the bytes of the source's files that a boot image
+	// carries; maxShippedFile those of one. What is larger is left to the root
+	// image: nobody needs it before that is mounted.
+	maxShipped     = 128 << 20
+	maxShippedFile = 64 << 20
+)
+
+// defaultPath is what engines search when the image sets no PATH.
+const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+// Files of the source that are read in the boot image, before or without its
+// start: names in the engine's user lookup, the rest by scanners. A name that
+// ends with "/*" stands for the files of that directory.
+var shippedFiles = []string{
+	"/etc/passwd", "/etc/group",
+	"/etc/os-release", "/usr/lib/os-release", "/etc/lsb-release",
+	"/etc/debian_version", "/etc/alpine-release", "/etc/redhat-release", "/etc/centos-release",
+	"/var/lib/dpkg/status", "/var/lib/dpkg/status.d/*",
+	"/lib/apk/db/installed", "/usr/lib/apk/db/installed",
+	"/var/lib/rpm/*", "/usr/lib/sysimage/rpm/*",
+}
+
+// skeleton is what a boot image has of the source's tree.
+type skeleton struct {
+	src     *tree.Tree
+	files   map[string]file // by path without symlinks, "/" excluded
+	volumes []string        // declared ones, without symlinks
+	shipped int64           // bytes of the source's files
+}
+
+// newSkeleton takes from the source what engines, scanners and users look for
+// in an image that does not run yet.
+func newSkeleton(src *tree.Tree, c *v1.Config) (*skeleton, error) {
+	if src.Lookup(bootimage.Dir) != nil {
+		return nil, fmt.Errorf("the source has a %s: it is converted already", bootimage.Dir)
+	}
+	s := &skeleton{src: src, files: map[string]file{}}
+	for v := range c.Volumes {
+		if at, n := src.Resolve(v); n != nil {
+			s.volumes = append(s.volumes, at)
+			s.follow(v)
+		}
+	}
+	for _, name := range []string{"/proc", "/sys", "/dev", "/etc"} {
+		if s.follow(name) == nil {
+			s.files[name] = file{mode: modeDir | 0o755}
+		}
+	}
+	// Mount points of volumes are mostly made at the top, and /bin or /lib
+	// may be links there.
+	for _, name := range src.Root.Names() {
+		s.followDir("/" + name)
+	}
+	if _, n := src.Resolve("/var"); n != nil && n.IsDir() {
+		for _, name := range n.Names() {
+			if n.Entries[name].IsSymlink() {
+				s.followDir("/var/" + name)
+			}
+		}
+	}
+	s.followDir(c.WorkingDir)
+	for _, name := range shippedFiles {
+		s.ship(name)
+	}
+	for _, dir := range strings.Split(searchPath(c), ":") {
+		s.linkAll(dir)
+	}
+	for _, word := range namedPaths(c) {
+		s.link(word)
+	}
+	if len(s.files) > maxSkeleton {
+		return nil, fmt.Errorf("the boot image would need %d links and directories for the executables on PATH; at most %d are made", len(s.files), maxSkeleton)
+	}
+	return s, nil
+}
+
+// searchPath returns the PATH that the image's processes start with.
+func searchPath(c *v1.Config) string {
+	for _, e := range slices.Backward(c.Env) {
+		if p, ok := strings.CutPrefix(e, "PATH="); ok {
+			return p
+		}
+	}
+	return defaultPath
+}
+
+// namedPaths returns the paths that the image's commands name, absolute.
+func namedPaths(c *v1.Config) []string {
+	words := slices.Concat(c.Entrypoint, c.Cmd)
+	if h := c.Healthcheck; h != nil && len(h.Test) > 0 {
+		switch h.Test[0] {
+		case "CMD":
+			words = append(words, h.Test[1:]...)
+		case "CMD-SHELL":
+			shell := c.Shell
+			if len(shell) == 0 {
+				shell = []string{"/bin/sh"}
+			}
+			words = slices.Concat(words, shell, h.Test[1:])
+		}
+	}
+	var paths []string
+	for _, arg := range words {
+		for _, w := range strings.FieldsFunc(arg, isShellSpace) {
+			if !strings.Contains(w, "/") {
+				continue // found on PATH
+			}
+			if !path.IsAbs(w) {
+				w = path.Join("/", c.WorkingDir, w)
+			}
+			paths = append(paths, w)
+		}
+	}
+	return paths
+}
+
+// isShellSpace tells the characters that end a word in a shell's command.
+func isShellSpace(r rune) bool { return strings.ContainsRune(" \t\n;&|()<>'\"`$", r) }
+
+// add enters a file, unless the place is taken.
+func (s *skeleton) add(at string, f file) {
+	if _, ok := s.files[at]; !ok {
+		s.files[at] = f
+	}
+}
+
+// follow enters the directories and symlinks through which name leads, as they
+// are in the source. It returns what they lead to, nil for nothing.
+func (s *skeleton) follow(name string) *tree.Inode {
+	_, end := s.src.Resolve(name)
+	if end == nil {
+		return nil
+	}
+	// The walk is Resolve's, which has found it to be finite.
+	at, rest := "/", name
+	for rest != "" {
+		var c string
+		c, rest, _ = strings.Cut(rest, "/")
+		next := path.Join(at, c)
+		n := s.src.Lookup(next)
+		switch {
+		case next == "/" || c == ".." || c == "." || c == "":
+			at = next
+		case n.IsSymlink():
+			s.add(next, fileOf(n))
+			if path.IsAbs(n.Target) {
+				at = "/"
+			}
+			rest = n.Target + "/" + rest
+		case n.IsDir():
+			s.add(next, fileOf(n))
+			at = next
+		default:
+			return end
+		}
+	}
+	return end
+}
+
+// followDir is follow for what leads to a directory; other paths are ignored.
+func (s *skeleton) followDir(name string) *tree.Inode {
+	if _, n := s.src.Resolve(name); n == nil || !n.IsDir() {
+		return nil
+	}
+	return s.follow(name)
+}
+
+// ship enters a file of the source with its content.
+func (s *skeleton) ship(name string) {
+	if dir, ok := strings.CutSuffix(name, "/*"); ok {
+		if _, n := s.src.Resolve(dir); n != nil && n.IsDir() {
+			for _, base := range n.Names() {
+				s.ship(dir + "/" + base)
+			}
+		}
+		return
+	}
+	at, n := s.src.Resolve(name)
+	if n == nil || !n.IsRegular() || n.Size > maxShippedFile || s.shipped+n.Size > maxShipped {
+		return
+	}
+	s.follow(name)
+	if _, ok := s.files[at]; !ok {
+		s.shipped += n.Size
+		s.add(at, fileOf(n))
+	}
+}
+
+// linkAll links the executables of a directory on PATH to boot.
+func (s *skeleton) linkAll(dir string) {
+	if !path.IsAbs(dir) {
+		return
+	}
+	at, n := s.src.Resolve(dir)
+	if n == nil || !n.IsDir() || s.inVolume(at) {
+		return
+	}
+	s.follow(dir)
+	for _, name := range n.Names() {
+		s.link(path.Join(at, name))
+	}
+}
+
+// link puts a link to boot at the place of an executable, so that boot is what
+// starts when the engine is told to run that.
+func (s *skeleton) link(name string) {
+	resolved, n := s.src.Resolve(name)
+	if n == nil || !n.IsRegular() || n.Mode&0o111 == 0 || isLibrary(name) || isLibrary(resolved) {
+		return
+	}
+	dir, _ := s.src.Resolve(path.Dir(name))
+	at := path.Join(dir, path.Base(name))
+	if s.inVolume(at) {
+		return
+	}
+	s.follow(path.Dir(name))
+	s.add(at, file{mode: modeSymlink | 0o777, target: bootimage.BootPath})
+}
+
+// inVolume reports whether a path lies in a declared volume: engines would
+// copy a link there into the volume, where it outlives the container.
+func (s *skeleton) inVolume(at string) bool {
+	return slices.ContainsFunc(s.volumes, func(v string) bool {
+		return at == v || v == "/" || strings.HasPrefix(at, v+"/")
+	})
+}
+
+// library matches shared objects and the dynamic loaders among them, which are
+// executable here and there: boot in their place would run where code is
+// merely loaded.
+var library = regexp.MustCompile(`\.so(\.[0-9]+)*$`)
+
+func isLibrary(name string) bool { return library.MatchString(path.Base(name)) }
