@@ -1,0 +1,116 @@
+package boot
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+)
+
+// appInitName is argument 0 of the process that becomes the app.
+const appInitName = "bootfs-app-init"
+
+// Descriptors of that process, besides the three that the app inherits.
+const (
+	orderFD  = 3 // read: an appOrder
+	reportFD = 4 // write: an appReport when the app cannot be started; closed by its exec
+)
+
+// appOrder is what boot tells the process that becomes the app.
+type appOrder struct {
+	Program      string
+	Argv, Env    []string
+	Cwd          string
+	UID, GID     int
+	Groups       []int
+	Masks        []mask
+	KeepSysAdmin bool
+}
+
+// appReport is the failure that it answers with.
+type appReport struct {
+	Status  int
+	Message string
+}
+
+// startApp starts the caller's program as PID 1 of a PID namespace of its own,
+// in a mount namespace below boot's, and returns its process ID once it has
+// been exec'd.
+func startApp(c *caller, masks []mask, keepSysAdmin bool) (pid int, err error) {
+	order, err := json.Marshal(appOrder{
+		Program: c.program, Argv: c.argv, Env: c.env, Cwd: c.cwd,
+		UID: c.uid, GID: c.gid, Groups: c.groups,
+		Masks: masks, KeepSysAdmin: keepSysAdmin,
+	})
+	if err != nil {
+		return 0, err
+	}
+	orderRead, orderWrite, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	defer orderRead.Close()
+	defer orderWrite.Close()
+	reportRead, reportWrite, err := os.Pipe()
+	if err != nil {
+		return 0, err
+	}
+	defer reportRead.Close()
+	defer reportWrite.Close()
+
+	sys := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
+	passTerminal(sys)
+	pid, err = syscall.ForkExec(bootimage.BootPath, []string{appInitName}, &syscall.ProcAttr{
+		Files: []uintptr{0, 1, 2, orderRead.Fd(), reportWrite.Fd()},
+		Sys:   sys,
+	})
+	if err != nil {
+		return 0, fmt.Errorf("start the app's namespaces: %w", err)
+	}
+	orderRead.Close()
+	reportWrite.Close()
+	_, err = orderWrite.Write(order)
+	orderWrite.Close()
+	report, reportErr := io.ReadAll(reportRead)
+	if len(report) > 0 {
+		var r appReport
+		if err := json.Unmarshal(report, &r); err != nil {
+			return 0, fmt.Errorf("start the app: unreadable report: %w", err)
+		}
+		return 0, &exitError{status: r.Status, err: errors.New(r.Message)}
+	}
+	if err := errors.Join(err, reportErr); err != nil {
+		return 0, fmt.Errorf("start the app: %w", err)
+	}
+	return pid, nil
+}
+
+// passTerminal arranges that the app has the container's terminal as boot has
+// it now, so that Ctrl-C, Ctrl-Z and resizing reach it from the kernel.
+func passTerminal(sys *syscall.SysProcAttr) {
+	const terminal = 0
+	foreground, err := unix.IoctlGetInt(terminal, unix.TIOCGPGRP)
+	controls := err == nil && foreground == unix.Getpgrp()
+	switch {
+	case !sessionLeader():
+		// An init of the engine's leads the session: the app gets the
+		// foreground in it.
+		sys.Foreground, sys.Ctty = controls, terminal
+	case controls:
+		// A session of its own takes the terminal from boot's.
+		sys.Setsid, sys.Setctty, sys.Ctty = true, true, terminal
+	default:
+		sys.Setsid = true
+	}
+}
+
+func sessionLeader() bool {
+	sid, err := unix.Getsid(0)
+	return err == nil && sid == os.Getpid()
+}

@@ -1,0 +1,191 @@
+package boot
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"runtime"
+	"strings"
+	"syscall"
+
+	"github.com/moby/sys/capability"
+	"golang.org/x/sys/unix"
+)
+
+// isAppInit reports whether this process is the one that becomes the app: it
+// says so itself, and is PID 1 of the namespace that boot made for it with the
+// two descriptors that boot gave it.
+func isAppInit() bool {
+	return os.Args[0] == appInitName && os.Getpid() == 1 && isPipe(orderFD) && isPipe(reportFD)
+}
+
+func isPipe(fd int) bool {
+	var st unix.Stat_t
+	return unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFIFO
+}
+
+// reportToBoot sends the error of appInit and returns the exit status.
+func reportToBoot(err error) int {
+	r := appReport{Status: exitBoot, Message: err.Error()}
+	if e := (*exitError)(nil); errors.As(err, &e) {
+		r.Status = e.status
+	}
+	pipe := os.NewFile(reportFD, "report")
+	_ = json.NewEncoder(pipe).Encode(r) // boot reads an empty report as a start, and then sees the exit status
+	return r.Status
+}
+
+// appInit turns the process into the app, inside the namespaces that boot made.
+// It returns only on failure.
+//
+// What it does here is done by one thread: capabilities, the root and the
+// filter belong to threads.
+func appInit() error {
+	runtime.LockOSThread()
+	unix.CloseOnExec(reportFD)
+	order, err := readOrder()
+	if err != nil {
+		return err
+	}
+	if err := enterRoot(); err != nil {
+		return err
+	}
+	if err := ownProc(order.Masks); err != nil {
+		return err
+	}
+	if !order.KeepSysAdmin {
+		// The filter first: without the capability it could only be had with
+		// no_new_privs, which would break setuid programs.
+		if err := installFilter(); err != nil {
+			return err
+		}
+		if err := dropSysAdmin(); err != nil {
+			return err
+		}
+	}
+	if err := becomeUser(order.UID, order.GID, order.Groups); err != nil {
+		return err
+	}
+	return execProgram(order.Program, order.Argv, order.Env, order.Cwd)
+}
+
+func readOrder() (*appOrder, error) {
+	pipe := os.NewFile(orderFD, "order")
+	defer pipe.Close()
+	b, err := io.ReadAll(pipe)
+	if err != nil {
+		return nil, fmt.Errorf("read boot's order: %w", err)
+	}
+	var o appOrder
+	if err := json.Unmarshal(b, &o); err != nil {
+		return nil, fmt.Errorf("read boot's order: %w", err)
+	}
+	return &o, nil
+}
+
+// ownProc replaces the engine's /proc by that of this PID namespace and replays
+// the engine's masks on it.
+func ownProc(masks []mask) error {
+	// Files that lie over others are taken along: below the new /proc there is
+	// no way back to them.
+	covers := make([]int, len(masks))
+	for i, m := range masks {
+		if m.Bind {
+			continue
+		}
+		fd, err := unix.OpenTree(unix.AT_FDCWD, m.Path, unix.OPEN_TREE_CLOEXEC|unix.OPEN_TREE_CLONE)
+		if err != nil {
+			return fmt.Errorf("take the mask of %s along: %w", m.Path, err)
+		}
+		defer unix.Close(fd)
+		covers[i] = fd
+	}
+	if err := unix.Unmount("/proc", unix.MNT_DETACH); err != nil {
+		return fmt.Errorf("detach the engine's /proc: %w", err)
+	}
+	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mount /proc: %w", err)
+	}
+	for i, m := range masks {
+		var err error
+		if m.Bind {
+			err = bindOnItself(m.Path, m.Flags)
+		} else {
+			err = unix.MoveMount(covers[i], "", unix.AT_FDCWD, m.Path, unix.MOVE_MOUNT_F_EMPTY_PATH)
+		}
+		if err != nil {
+			return fmt.Errorf("mask %s: %w", m.Path, err)
+		}
+	}
+	return nil
+}
+
+func bindOnItself(path string, flags uintptr) error {
+	if err := unix.Mount(path, path, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	return unix.Mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|flags, "")
+}
+
+// dropSysAdmin takes CAP_SYS_ADMIN out of every set of the calling thread, the
+// bounding set included: no exec, not even of a setuid program, gets it back.
+func dropSysAdmin() error {
+	const sysAdmin = capability.CAP_SYS_ADMIN
+	c, err := capability.NewPid2(0)
+	if err == nil {
+		err = c.Load()
+	}
+	if err == nil {
+		c.Unset(capability.CAPS|capability.BOUNDS|capability.AMBS, sysAdmin)
+		err = c.Apply(capability.CAPS | capability.BOUNDS | capability.AMBS)
+	}
+	if err != nil {
+		return fmt.Errorf("drop CAP_SYS_ADMIN: %w", err)
+	}
+	if still, err := capability.GetBound(sysAdmin); err != nil || still {
+		return fmt.Errorf("drop CAP_SYS_ADMIN from the bounding set: the container lacks CAP_SETPCAP: add --cap-add SETPCAP to docker run, or keep the capability with -e BOOTFS_KEEP_SYS_ADMIN=1")
+	}
+	return nil
+}
+
+// becomeUser gives the process the IDs for good. Leaving root clears the
+// permitted and effective capabilities, as the engine does for a user.
+func becomeUser(uid, gid int, groups []int) error {
+	if err := syscall.Setgroups(groups); err != nil {
+		return fmt.Errorf("set the supplementary groups: %w", err)
+	}
+	if err := syscall.Setresgid(gid, gid, gid); err != nil {
+		return fmt.Errorf("become group %d: %w", gid, err)
+	}
+	if err := syscall.Setresuid(uid, uid, uid); err != nil {
+		return fmt.Errorf("become user %d: %w", uid, err)
+	}
+	return nil
+}
+
+// execProgram replaces the process by the program, looked up on the PATH of
+// env. It returns only on failure.
+func execProgram(program string, argv, env []string, cwd string) error {
+	if err := os.Chdir(cwd); err != nil {
+		return fmt.Errorf("enter the working directory: %w", err)
+	}
+	os.Clearenv()
+	for _, v := range env {
+		if name, value, ok := strings.Cut(v, "="); ok {
+			os.Setenv(name, value)
+		}
+	}
+	file, err := exec.LookPath(program)
+	if err == nil {
+		err = syscall.Exec(file, argv, env)
+	}
+	status := exitNotExecutable
+	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
+		status = exitNotFound
+	}
+	return &exitError{status: status, err: fmt.Errorf("run %s: %w", program, err)}
+}

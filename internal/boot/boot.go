@@ -1,0 +1,112 @@
+// Package boot is PID 1 of a converted container: it mounts the root
+// filesystem that the boot image describes, moves what the engine mounted into
+// it, and runs the program that the engine asked for inside.
+//
+// The order of a start is the order of the files' use:
+//
+//	caller.go      who asked for which program
+//	rendezvous.go  is this the boot of the container, or a later exec
+//	content.go     index, locators, metadata, stores: mapped, no network
+//	root.go        FUSE, writable layer, the engine's mounts, the switch
+//	app.go         the program in its own PID and mount namespaces
+//	appinit.go     the last steps inside those namespaces, before its exec
+//	serve.go       signals, reaping, prefetch, the exit status
+//
+// Boot itself stays in the root that the engine gave it, hidden below the new
+// one: its own path lookups (resolver, certificates, credentials) then never
+// lead through the mount that it serves, which could wait for itself.
+//
+// It needs Linux 5.6 (openat2, move_mount).
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+)
+
+// Exit statuses of boot itself; every other status is the app's.
+const (
+	exitBoot          = 125 // boot could not start the app
+	exitNotExecutable = 126 // the program was found and cannot be run
+	exitNotFound      = 127 // the program was not found
+)
+
+// exitError is a failure with the exit status that it ends the container with.
+type exitError struct {
+	status int
+	err    error
+}
+
+func (e *exitError) Error() string { return e.err.Error() }
+func (e *exitError) Unwrap() error { return e.err }
+
+// Main is the boot binary. It returns the exit status of the process.
+func Main() int {
+	if isAppInit() {
+		return reportToBoot(appInit())
+	}
+	log := newLogger(os.Stderr, os.Getenv("BOOTFS_LOG"))
+	status, err := run(log)
+	if err == nil {
+		return status
+	}
+	log.Error(err.Error())
+	if e := (*exitError)(nil); errors.As(err, &e) {
+		return e.status
+	}
+	return exitBoot
+}
+
+func run(log *logger) (int, error) {
+	c, err := currentCaller()
+	if err != nil {
+		return 0, err
+	}
+	if unix.Geteuid() != 0 {
+		return 0, fmt.Errorf("boot runs as uid %d and its setuid bit has no effect: start the container as root, or without --security-opt no-new-privileges", unix.Geteuid())
+	}
+	meeting, err := claim(bootimage.Dir)
+	if errors.Is(err, errClaimed) {
+		return 0, follow(bootimage.Dir, c)
+	}
+	if err != nil {
+		return 0, err
+	}
+	return lead(c, meeting, log)
+}
+
+// lead makes the root, runs the app in it and returns the app's exit status.
+func lead(c *caller, meeting *meeting, log *logger) (int, error) {
+	// Nobody but root may look at a process that holds credentials.
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return 0, fmt.Errorf("make boot undumpable: %w", err)
+	}
+	signals := catchSignals()
+	settings, err := readSettings(c.env)
+	if err != nil {
+		return 0, err
+	}
+	content, err := openContent(settings, log)
+	if err != nil {
+		return 0, err
+	}
+	root, err := makeRoot(content, c.cwd, log)
+	if err != nil {
+		return 0, err
+	}
+	app, err := startApp(c.withoutOwnEnv(), root.masks, settings.keepSysAdmin)
+	if err != nil {
+		return 0, err
+	}
+	meeting.ready()
+	prefetch := startPrefetch(content, settings, log)
+	status := serve(app, signals)
+	prefetch.stop()
+	content.close()
+	return status, nil
+}

@@ -1,0 +1,96 @@
+package boot
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+)
+
+// caller is what the engine resolved before it started boot, and so what the
+// app is to run as. Boot is setuid root: the real IDs are the app's.
+type caller struct {
+	uid, gid int
+	groups   []int
+	cwd      string
+	// program is looked up on PATH when it holds no slash.
+	program string
+	argv    []string
+	env     []string
+}
+
+func currentCaller() (*caller, error) {
+	groups, err := unix.Getgroups()
+	if err != nil {
+		return nil, fmt.Errorf("read the supplementary groups: %w", err)
+	}
+	cwd, err := unix.Getwd()
+	if err != nil {
+		return nil, fmt.Errorf("read the working directory: %w", err)
+	}
+	c := &caller{
+		uid:    unix.Getuid(),
+		gid:    unix.Getgid(),
+		groups: groups,
+		cwd:    cwd,
+		env:    os.Environ(),
+	}
+	c.program, c.argv, err = requested(execPath(), cwd, os.Args)
+	return c, err
+}
+
+// requested returns the program that was asked for. Started by its own path,
+// boot takes it from its arguments; started through a link, the link's path is
+// the program (--entrypoint, exec, a health check).
+func requested(execPath, cwd string, args []string) (program string, argv []string, err error) {
+	if !filepath.IsAbs(execPath) {
+		execPath = filepath.Join(cwd, execPath)
+	}
+	if filepath.Clean(execPath) != bootimage.BootPath {
+		return execPath, args, nil
+	}
+	if len(args) < 2 {
+		return "", nil, fmt.Errorf("no program to run: the image has no entrypoint and no command; name one behind the image")
+	}
+	return args[1], args[1:], nil
+}
+
+// execPath returns the path that execve was given. Argument 0 does not say: the
+// caller of execve chooses it freely.
+func execPath() string {
+	const atExecfn = 31
+	vector, err := unix.Auxv()
+	if err == nil {
+		for _, entry := range vector {
+			if entry[0] == atExecfn {
+				// The kernel put the string on the initial stack, above
+				// everything that Go manages.
+				return unix.BytePtrToString(*(**byte)(unsafe.Pointer(&entry[1])))
+			}
+		}
+	}
+	return os.Args[0]
+}
+
+// withoutOwnEnv returns the caller without the variables that configure boot:
+// they may hold credentials.
+func (c *caller) withoutOwnEnv() *caller {
+	app := *c
+	app.env = nil
+	for _, v := range c.env {
+		name, _, _ := strings.Cut(v, "=")
+		if !ownVariable(name) {
+			app.env = append(app.env, v)
+		}
+	}
+	return &app
+}
+
+func ownVariable(name string) bool {
+	return name == "BLOB_STORE" || name == "DROPBEAR_PASSWORD" || strings.HasPrefix(name, "BOOTFS_")
+}

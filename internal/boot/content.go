@@ -1,0 +1,229 @@
+package boot
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/crypto/x509roots/fallback/bundle"
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/internal/lazy"
+	"github.com/container-bootfs/bootfs/internal/stores"
+	"github.com/container-bootfs/bootfs/mount"
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// privateCacheLimit bounds the cache of a container that shares none, in bytes.
+const privateCacheLimit = 1 << 30
+
+// content is the root image of the container: what stands in the boot image,
+// and the stores that have the rest. Opening it does not use the network.
+type content struct {
+	config      *bootimage.Config
+	index       *index.Index
+	locators    *registrystore.Locators // nil where the chunks lie in loose stores
+	meta        []byte
+	fetcher     *chunkstore.Fetcher
+	image       *lazy.Image
+	sharedCache bool // the cache outlives the container
+	log         *logger
+}
+
+func openContent(s *settings, log *logger) (*content, error) {
+	c := &content{log: log}
+	var err error
+	if c.config, err = readConfig(bootimage.ConfigPath); err != nil {
+		return nil, err
+	}
+	rawIndex, err := mapFile(bootimage.IndexPath)
+	if err != nil {
+		return nil, err
+	}
+	if c.index, err = index.Open(rawIndex); err != nil {
+		return nil, fmt.Errorf("%s: %w", bootimage.IndexPath, err)
+	}
+	if c.meta, err = mapFile(bootimage.MetaPath); err != nil {
+		return nil, err
+	}
+	rawLocators, err := mapFile(bootimage.LocatorsPath)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, err
+	default:
+		if c.locators, err = registrystore.OpenLocators(rawLocators, c.index); err != nil {
+			return nil, fmt.Errorf("%s: %w", bootimage.LocatorsPath, err)
+		}
+	}
+	upstream, err := c.openStores(append(slices.Clone(s.stores), c.config.Stores...))
+	if err != nil {
+		return nil, err
+	}
+	cache, err := c.openCache()
+	if err != nil {
+		log.Warn("no cache: " + err.Error())
+	}
+	o := chunkstore.FetcherOptions{Digest: c.index.Digest(), Stores: upstream, Log: log}
+	if cache != nil {
+		o.Cache = cache
+	}
+	c.fetcher = chunkstore.NewFetcher(o)
+	c.image = lazy.New(c.index, c.fetcher, lazy.Options{})
+	return c, nil
+}
+
+func readConfig(path string) (*bootimage.Config, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("this is not a converted image: %w", err)
+	}
+	var c bootimage.Config
+	if err := json.Unmarshal(b, &c); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	if c.Version != bootimage.Version {
+		return nil, fmt.Errorf("%s: format version %d, this boot binary reads %d: convert the image again", path, c.Version, bootimage.Version)
+	}
+	if digits, ok := strings.CutPrefix(c.IndexDigest, "sha256:"); !ok || len(digits) != 64 {
+		return nil, fmt.Errorf("%s: index digest %q: want sha256: and 64 hex digits", path, c.IndexDigest)
+	}
+	return &c, nil
+}
+
+// mapFile maps a file of the boot image. The engine's root filesystem does not
+// change below a running boot.
+func mapFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, int(info.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", path, err)
+	}
+	return b, nil
+}
+
+func (c *content) openStores(addresses []string) ([]chunkstore.Store, error) {
+	keychain, err := openSecrets()
+	if err != nil {
+		return nil, err
+	}
+	source := stores.Source{
+		Index:    c.index,
+		Locators: c.locators,
+		Registry: registrystore.RemoteOptions{Keychain: keychain},
+	}
+	if slices.ContainsFunc(addresses, stores.Remote) {
+		trustEmbeddedRoots()
+	}
+	var list []chunkstore.Store
+	var faults []error
+	for _, address := range addresses {
+		s, err := stores.Open(address, source)
+		if err != nil {
+			faults = append(faults, err)
+			continue
+		}
+		list = append(list, s)
+	}
+	// One address that leads nowhere is no reason to refuse the others.
+	if len(list) == 0 {
+		faults = append(faults, errors.New("no store can be read: name one with -e BLOB_STORE=ADDRESS"))
+		return nil, errors.Join(faults...)
+	}
+	for _, err := range faults {
+		c.log.Warn(err.Error())
+	}
+	return list, nil
+}
+
+// trustEmbeddedRoots makes TLS work in a boot image, which has no certificates
+// of its own. Those of the root image must not be used: reading them would wait
+// for the connection that they are to verify.
+func trustEmbeddedRoots() {
+	pool := x509.NewCertPool()
+	for root := range bundle.Roots() {
+		cert, err := x509.ParseCertificate(root.Certificate)
+		if err != nil {
+			continue
+		}
+		if root.Constraint == nil {
+			pool.AddCert(cert)
+		} else {
+			pool.AddCertWithConstraint(cert, root.Constraint)
+		}
+	}
+	x509.SetFallbackRoots(pool)
+}
+
+// openCache opens the node cache where one is mounted, else a bounded cache of
+// the container's own in its volume. It returns nil where there is neither.
+func (c *content) openCache() (chunkstore.Writer, error) {
+	shared, err := mountinfo.Mounted(bootimage.CachePath)
+	if err != nil {
+		return nil, err
+	}
+	if shared {
+		c.sharedCache = true
+		return local.Create(bootimage.CachePath)
+	}
+	private, err := mountinfo.Mounted(bootimage.WritablePath)
+	if err != nil || !private {
+		return nil, err
+	}
+	return local.Create(bootimage.WritablePath+"/cache.castr", local.WithLimit(privateCacheLimit))
+}
+
+// serve mounts the root image at dir.
+func (c *content) serve(dir string) error {
+	_, err := mount.Serve(dir, mount.Options{
+		Meta:         c.meta,
+		Image:        c.image,
+		XattrClasses: c.config.XattrClasses,
+		Log:          c.log,
+		Name:         "bootfs",
+	})
+	return err
+}
+
+func (c *content) prefetchStart(ctx context.Context) error {
+	if c.locators == nil {
+		return nil
+	}
+	return c.image.Prefetch(ctx, c.locators.StartSet())
+}
+
+func (c *content) prefetchAll(ctx context.Context) error {
+	return c.image.Prefetch(ctx, func(yield func(int) bool) {
+		for i := range c.index.Len() {
+			if !yield(i) {
+				return
+			}
+		}
+	})
+}
+
+// close waits for the cache to take what is on its way.
+func (c *content) close() {
+	if err := c.fetcher.Close(); err != nil {
+		c.log.Info("cache: " + err.Error())
+	}
+}

@@ -1,0 +1,151 @@
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// followTimeout bounds how long an exec waits for a start that makes no
+// progress.
+const followTimeout = 60 * time.Second
+
+// errClaimed says that another boot is making the root of this container.
+var errClaimed = errors.New("another boot has this container")
+
+// A meeting is where the boot of a container and the processes that the engine
+// starts beside it find each other: an exec or a health check that arrives
+// before the root stands runs boot through a link and must wait for the first.
+//
+// It is an abstract socket named after the boot image's directory (device and
+// inode), which all processes of a container share and no two containers do:
+// binding it decides atomically who is first, and the kernel gives it up with
+// its owner.
+type meeting struct {
+	listener *net.UnixListener
+	stands   chan struct{} // closed once the root stands
+}
+
+func meetingAddress(dir string) (*net.UnixAddr, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		return nil, fmt.Errorf("%s: %w", dir, err)
+	}
+	return &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("@bootfs/%x/%x", st.Dev, st.Ino)}, nil
+}
+
+// claim makes the calling process the boot of the container, or fails with
+// errClaimed.
+func claim(dir string) (*meeting, error) {
+	addr, err := meetingAddress(dir)
+	if err != nil {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", addr)
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, errClaimed
+	}
+	if err != nil {
+		return nil, fmt.Errorf("claim the container: %w", err)
+	}
+	m := &meeting{listener: l, stands: make(chan struct{})}
+	go m.answer()
+	return m, nil
+}
+
+// answer holds each follower until the root stands, then writes it one byte.
+// A follower whose connection ends without the byte knows that boot failed.
+func (m *meeting) answer() {
+	for {
+		conn, err := m.listener.Accept()
+		if err != nil {
+			return
+		}
+		go func() {
+			defer conn.Close()
+			<-m.stands
+			_, _ = conn.Write([]byte{1})
+		}()
+	}
+}
+
+// ready lets the followers go.
+func (m *meeting) ready() { close(m.stands) }
+
+// follow waits until the boot of the container has made the root, enters it and
+// becomes c's program there. It returns only on failure.
+func follow(dir string, c *caller) error {
+	addr, err := meetingAddress(dir)
+	if err != nil {
+		return err
+	}
+	conn, err := net.DialUnix("unix", nil, addr)
+	if err != nil {
+		return fmt.Errorf("reach the container's boot: %w", err)
+	}
+	if err := sameNamespaceRoot(conn); err != nil {
+		return err
+	}
+	_ = conn.SetReadDeadline(time.Now().Add(followTimeout))
+	if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
+		return fmt.Errorf("wait for the container's root: boot ended or took more than %s: %w", followTimeout, err)
+	}
+	conn.Close()
+
+	runtime.LockOSThread()
+	if err := enterRoot(); err != nil {
+		return err
+	}
+	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
+		return err
+	}
+	return execProgram(c.program, c.argv, c.env, c.cwd)
+}
+
+// sameNamespaceRoot refuses an answer from a process that cannot be this
+// container's boot: on the host's network, any process may take any name.
+func sameNamespaceRoot(conn *net.UnixConn) error {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var peer *unix.Ucred
+	var peerErr error
+	if err := raw.Control(func(fd uintptr) {
+		peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return err
+	}
+	if peerErr != nil {
+		return fmt.Errorf("identify the container's boot: %w", peerErr)
+	}
+	if peer.Pid == 0 || peer.Uid != 0 {
+		return fmt.Errorf("the meeting point of this container is held by a process of uid %d outside it: it cannot be started on this network namespace", peer.Uid)
+	}
+	return nil
+}
+
+// enterRoot moves the calling thread to the topmost root of its own mount
+// namespace: the one that boot has put over the engine's. The thread must be
+// locked and is good for nothing but exec afterwards.
+func enterRoot() error {
+	// setns refuses a thread that shares its root with others.
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return fmt.Errorf("enter the root: unshare: %w", err)
+	}
+	fd, err := unix.Open("/proc/self/ns/mnt", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("enter the root: /proc/self/ns/mnt: %w", err)
+	}
+	defer unix.Close(fd)
+	if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("enter the root: setns: %w", err)
+	}
+	return nil
+}

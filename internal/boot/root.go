@@ -1,0 +1,355 @@
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/mount"
+)
+
+// root is the container's new root, standing.
+type root struct {
+	masks []mask // what the engine hides and protects below /proc
+}
+
+// makeRoot mounts the root image and a writable layer on it, moves the engine's
+// mounts into it and puts it over the present root.
+//
+// The calling process keeps the present root. Every process that the engine
+// brings into the container from now on starts in the new one, as setns leads
+// to the topmost root.
+func makeRoot(c *content, cwd string, log *logger) (*root, error) {
+	// Nothing that happens below may show on the host, and move_mount refuses
+	// shared parents.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return nil, whyNoMount(err)
+	}
+	engine, err := readMounts()
+	if err != nil {
+		return nil, err
+	}
+	if err := c.serve(bootimage.LowerPath); err != nil {
+		return nil, whyNoMount(err)
+	}
+	if err := mountWritable(c.config.IndexDigest, engine.readOnly, log); err != nil {
+		return nil, whyNoMount(err)
+	}
+	// The overlay holds its layers by itself, and the cache is held by
+	// descriptor: detached, they have no path in any namespace made from here.
+	for _, dir := range append(engine.own, bootimage.LowerPath) {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			return nil, fmt.Errorf("detach %s: %w", dir, err)
+		}
+	}
+	top, err := unix.Open(bootimage.RootPath, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", bootimage.RootPath, err)
+	}
+	defer unix.Close(top)
+	if err := engine.moveInto(top); err != nil {
+		return nil, err
+	}
+	// The engine made the working directory in the boot image.
+	if fd, err := place(top, cwd, unix.S_IFDIR|0o755); err != nil {
+		return nil, fmt.Errorf("make the working directory: %w", err)
+	} else {
+		unix.Close(fd)
+	}
+	if engine.readOnly {
+		if err := unix.Mount("", bootimage.RootPath, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
+			return nil, fmt.Errorf("make the root read-only: %w", err)
+		}
+	}
+	if err := unix.MoveMount(top, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return nil, fmt.Errorf("switch the root: %w", err)
+	}
+	return &root{masks: engine.masks}, nil
+}
+
+// mountWritable mounts the overlay of the root image at bootimage.RootPath. Its
+// upper layer lies in the volume, under the root's name, so that a volume that
+// is carried to another version of the image starts afresh.
+func mountWritable(rootName string, readOnly bool, log *logger) error {
+	if readOnly {
+		return overlayOnTmpfs("size=4m")
+	}
+	dir, err := claimUpper(rootName, log)
+	if err == nil {
+		err = overlayIn(dir)
+	}
+	if err == nil {
+		return nil
+	}
+	log.Warn(fmt.Sprintf("what the container writes is kept in memory: %v", err))
+	return overlayOnTmpfs("")
+}
+
+// claimUpper returns the directory of the volume that holds the writable layer
+// of the named root, locked for this container.
+func claimUpper(rootName string, log *logger) (string, error) {
+	const volume = bootimage.WritablePath
+	var st unix.Statfs_t
+	if err := unix.Statfs(volume, &st); err != nil {
+		return "", fmt.Errorf("%s: %w", volume, err)
+	}
+	if st.Type == unix.OVERLAYFS_SUPER_MAGIC {
+		return "", fmt.Errorf("no volume is mounted at %s", volume)
+	}
+	name := "root-" + strings.TrimPrefix(rootName, "sha256:")[:32]
+	others, err := filepath.Glob(filepath.Join(volume, "root-*"))
+	if err != nil {
+		return "", err
+	}
+	dir := filepath.Join(volume, name)
+	if err := os.Mkdir(dir, 0o700); err == nil {
+		if len(others) > 0 {
+			log.Warn("the writable layer of another version of this image stays aside in its volume; this version starts with a fresh one")
+		}
+	} else if !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	// The lock lives as long as the descriptor, that is as long as boot.
+	fd, err := unix.Open(dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", dir, err)
+	}
+	if err := unix.Flock(fd, unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		unix.Close(fd)
+		return "", fmt.Errorf("another container uses the volume at %s: %w", volume, err)
+	}
+	return dir, nil
+}
+
+func overlayOnTmpfs(options string) error {
+	if err := unix.Mount("bootfs", bootimage.TmpPath, "tmpfs", 0, strings.Trim("mode=0700,"+options, ",")); err != nil {
+		return fmt.Errorf("mount a tmpfs at %s: %w", bootimage.TmpPath, err)
+	}
+	if err := overlayIn(bootimage.TmpPath); err != nil {
+		return err
+	}
+	return unix.Unmount(bootimage.TmpPath, unix.MNT_DETACH)
+}
+
+// overlayIn mounts the overlay with its upper layer in dir.
+func overlayIn(dir string) error {
+	upper, work := filepath.Join(dir, "upper"), filepath.Join(dir, "work")
+	for _, d := range []string{upper, work} {
+		if err := os.Mkdir(d, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+	}
+	// The root directory of an overlay shows the attributes of its upper layer.
+	if err := likeLower(upper); err != nil {
+		return err
+	}
+	return mount.Overlay(bootimage.RootPath, bootimage.LowerPath, upper, work)
+}
+
+// likeLower gives a new upper directory the owner and mode of the lower root.
+func likeLower(upper string) error {
+	var st unix.Stat_t
+	if err := unix.Stat(bootimage.LowerPath, &st); err != nil {
+		return fmt.Errorf("%s: %w", bootimage.LowerPath, err)
+	}
+	if err := unix.Chown(upper, int(st.Uid), int(st.Gid)); err != nil {
+		return fmt.Errorf("chown %s: %w", upper, err)
+	}
+	if err := unix.Chmod(upper, st.Mode&0o7777); err != nil {
+		return fmt.Errorf("chmod %s: %w", upper, err)
+	}
+	return nil
+}
+
+// engineMounts is what the engine mounted in the container.
+type engineMounts struct {
+	readOnly bool     // --read-only
+	move     []string // mount points to move, outermost first
+	own      []string // bootfs's own volumes, which the app must not see
+	masks    []mask
+}
+
+// A mask is a mount below the engine's /proc that hides or protects a part of
+// it. A new /proc has none of them.
+type mask struct {
+	Path  string
+	Bind  bool    // the path itself, mounted with Flags; otherwise another file over it
+	Flags uintptr // MS_RDONLY and the like
+}
+
+func readMounts() (*engineMounts, error) {
+	all, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return nil, fmt.Errorf("read the mount table: %w", err)
+	}
+	return sortMounts(all)
+}
+
+func sortMounts(all []*mountinfo.Info) (*engineMounts, error) {
+	var e engineMounts
+	rootID := -1
+	for _, m := range all {
+		if m.Mountpoint == "/" {
+			rootID = m.ID
+			e.readOnly = mountFlags(m.Options)&unix.MS_RDONLY != 0
+		}
+	}
+	if rootID < 0 {
+		return nil, fmt.Errorf("read the mount table: no mount at /")
+	}
+	for _, m := range all {
+		switch {
+		case ownMount(m.Mountpoint):
+			e.own = append([]string{m.Mountpoint}, e.own...) // innermost first, for unmounting
+		case m.Parent == rootID && m.ID != rootID:
+			e.move = append(e.move, m.Mountpoint)
+		}
+		if strings.HasPrefix(m.Mountpoint, "/proc/") {
+			e.masks = append(e.masks, mask{Path: m.Mountpoint, Bind: m.FSType == "proc", Flags: mountFlags(m.Options)})
+		}
+	}
+	return &e, nil
+}
+
+func ownMount(mountpoint string) bool {
+	return strings.HasPrefix(mountpoint, bootimage.Dir+"/") || strings.HasPrefix(mountpoint, bootimage.SecretsPrefix)
+}
+
+func mountFlags(options string) uintptr {
+	var flags uintptr
+	for option := range strings.SplitSeq(options, ",") {
+		switch option {
+		case "ro":
+			flags |= unix.MS_RDONLY
+		case "nosuid":
+			flags |= unix.MS_NOSUID
+		case "nodev":
+			flags |= unix.MS_NODEV
+		case "noexec":
+			flags |= unix.MS_NOEXEC
+		}
+	}
+	return flags
+}
+
+// bootKeeps reports whether boot goes on reading the mount in its own root: its
+// view of processes, and what the resolver follows when the engine connects
+// the container to another network.
+func bootKeeps(mountpoint string) bool {
+	switch mountpoint {
+	case "/proc", "/etc/resolv.conf", "/etc/hosts":
+		return true
+	}
+	return false
+}
+
+// moveInto moves the mounts to the same places below the directory top. A
+// place that the source image lacks is made.
+func (e *engineMounts) moveInto(top int) error {
+	for _, point := range e.move {
+		if err := moveMount(top, point); err != nil {
+			return fmt.Errorf("move the mount at %s into the root: %w", point, err)
+		}
+	}
+	// Programs ask this file whether they run in Docker.
+	if _, err := os.Lstat("/.dockerenv"); err == nil {
+		fd, err := place(top, "/.dockerenv", unix.S_IFREG|0o755)
+		if err != nil {
+			return fmt.Errorf("make /.dockerenv: %w", err)
+		}
+		unix.Close(fd)
+	}
+	return nil
+}
+
+func moveMount(top int, point string) error {
+	flags := uint(unix.OPEN_TREE_CLOEXEC)
+	if bootKeeps(point) {
+		flags |= unix.OPEN_TREE_CLONE | unix.AT_RECURSIVE
+	}
+	from, err := unix.OpenTree(unix.AT_FDCWD, point, flags)
+	if err != nil {
+		return fmt.Errorf("open_tree: %w", err)
+	}
+	defer unix.Close(from)
+	var st unix.Stat_t
+	if err := unix.Fstat(from, &st); err != nil {
+		return fmt.Errorf("stat: %w", err)
+	}
+	kind := uint32(unix.S_IFREG | 0o644)
+	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
+		kind = unix.S_IFDIR | 0o755
+	}
+	to, err := place(top, point, kind)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(to)
+	if err := unix.MoveMount(from, "", to, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH); err != nil {
+		return fmt.Errorf("move_mount: %w", err)
+	}
+	return nil
+}
+
+// place opens the file p below the directory top, following symbolic links
+// inside top only. It makes what is missing: the last component with the type
+// and permissions in mode, directories above it.
+func place(top int, p string, mode uint32) (int, error) {
+	const maxLinks = 40
+	for range maxLinks {
+		how := &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS}
+		fd, err := unix.Openat2(top, p, how)
+		if !errors.Is(err, unix.ENOENT) {
+			return fd, pathError(p, err)
+		}
+		parent, err := place(top, path.Dir(p), unix.S_IFDIR|0o755)
+		if err != nil {
+			return -1, err
+		}
+		err = makeFile(parent, path.Base(p), mode)
+		if errors.Is(err, unix.EEXIST) {
+			// A dangling link: the engine makes its target, so do we.
+			p, err = linkTarget(parent, p)
+		}
+		unix.Close(parent)
+		if err != nil {
+			return -1, pathError(p, err)
+		}
+	}
+	return -1, pathError(p, unix.ELOOP)
+}
+
+func makeFile(dir int, name string, mode uint32) error {
+	if mode&unix.S_IFMT == unix.S_IFDIR {
+		return unix.Mkdirat(dir, name, mode&0o7777)
+	}
+	return unix.Mknodat(dir, name, mode, 0)
+}
+
+func linkTarget(dir int, p string) (string, error) {
+	buf := make([]byte, unix.PathMax)
+	n, err := unix.Readlinkat(dir, path.Base(p), buf)
+	if err != nil {
+		return p, err
+	}
+	target := string(buf[:n])
+	if path.IsAbs(target) {
+		return target, nil
+	}
+	return path.Join(path.Dir(p), target), nil
+}
+
+func pathError(p string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &fs.PathError{Op: "place", Path: p, Err: err}
+}

@@ -1,0 +1,96 @@
+package boot
+
+import (
+	"context"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+)
+
+// catchSignals takes over every signal that can be, before anything can arrive
+// for the app.
+func catchSignals() <-chan os.Signal {
+	c := make(chan os.Signal, 64)
+	signal.Notify(c)
+	return c
+}
+
+// forwarded reports whether the app gets the signal. The Go runtime sends
+// itself SIGURG, children and broken pipes are boot's own, and the kernel hangs
+// boot up when it gives the terminal away.
+func forwarded(s unix.Signal) bool {
+	switch s {
+	case unix.SIGCHLD, unix.SIGURG, unix.SIGPIPE:
+		return false
+	}
+	return true
+}
+
+// serve passes signals to the app and reaps what dies in boot's PID namespace,
+// until the app itself has. It returns the app's exit status as a shell gives
+// it.
+func serve(app int, signals <-chan os.Signal) int {
+	go func() {
+		for s := range signals {
+			if s := s.(unix.Signal); forwarded(s) {
+				_ = unix.Kill(app, s) // the app may be gone: then so are we
+			}
+		}
+	}()
+	for {
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, unix.WALL, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return exitBoot
+		}
+		if pid != app {
+			continue
+		}
+		switch {
+		case status.Exited():
+			return status.ExitStatus()
+		case status.Signaled():
+			return 128 + int(status.Signal())
+		}
+	}
+}
+
+// prefetching is the fetch of chunks ahead of their use.
+type prefetching struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+// startPrefetch fetches the start set, then, where a cache that outlives the
+// container takes it, the rest.
+func startPrefetch(c *content, s *settings, log *logger) *prefetching {
+	ctx, cancel := context.WithCancel(context.Background())
+	p := &prefetching{cancel: cancel, done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		if s.prefetch == prefetchNone {
+			return
+		}
+		if err := c.prefetchStart(ctx); err != nil {
+			if ctx.Err() == nil {
+				log.Warn("the chunks of a start could not be fetched ahead: " + err.Error())
+			}
+			return
+		}
+		if s.prefetch == prefetchAll || s.prefetch == prefetchAuto && c.sharedCache {
+			if err := c.prefetchAll(ctx); err != nil && ctx.Err() == nil {
+				log.Warn("the image could not be fetched ahead: " + err.Error())
+			}
+		}
+	}()
+	return p
+}
+
+func (p *prefetching) stop() {
+	p.cancel()
+	<-p.done
+}

@@ -1,0 +1,46 @@
+package boot
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/container-bootfs/bootfs/internal/stores"
+)
+
+// What is fetched before it is read: BOOTFS_PREFETCH.
+type prefetchMode int
+
+const (
+	prefetchAuto  prefetchMode = iota // the start set, and the rest where a shared cache takes it
+	prefetchNone                      // nothing
+	prefetchStart                     // the start set
+	prefetchAll                       // the whole image
+)
+
+// settings are what the container's environment asks of boot.
+type settings struct {
+	stores       []string // BLOB_STORE: tried before the image's own
+	prefetch     prefetchMode
+	keepSysAdmin bool // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
+}
+
+func readSettings(env []string) (*settings, error) {
+	var s settings
+	for _, v := range env {
+		name, value, _ := strings.Cut(v, "=")
+		switch name {
+		case "BLOB_STORE":
+			s.stores = stores.Split(value)
+		case "BOOTFS_PREFETCH":
+			modes := map[string]prefetchMode{"": prefetchAuto, "none": prefetchNone, "start": prefetchStart, "all": prefetchAll}
+			mode, ok := modes[value]
+			if !ok {
+				return nil, fmt.Errorf("BOOTFS_PREFETCH=%q: want none, start or all", value)
+			}
+			s.prefetch = mode
+		case "BOOTFS_KEEP_SYS_ADMIN":
+			s.keepSysAdmin = value == "1"
+		}
+	}
+	return &s, nil
+}
