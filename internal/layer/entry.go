@@ -127,6 +127,9 @@ func cleanPath(name string) (string, error) {
 	if name == "." {
 		return "", nil
 	}
+	if strings.Contains(name, "\x00") {
+		return "", errors.New("a path with a NUL byte: refused")
+	}
 	if len(name) > maxPath {
 		return "", fmt.Errorf("a path of %d bytes, Linux has %d at most", len(name), maxPath)
 	}
