@@ -24,7 +24,7 @@ build: ## bin/bootfs-convert, with the boot binaries of all platforms in it (PLA
 
 .PHONY: build-host
 build-host: ## the same with the boot binary of this machine only: quicker
-	$(MAKE) build PLATFORMS=$(HOST)
+	@$(MAKE) --no-print-directory build PLATFORMS=$(HOST)
 
 .PHONY: test
 test: deps build-host ## unit, fuzz-seed and end-to-end tests (root; PKG=./index/... narrows)

@@ -13,12 +13,24 @@ import (
 	"time"
 )
 
-// Docker is a private Docker engine.
+// Docker is a Docker engine.
 type Docker struct {
-	Socket string // path of its API socket
+	Socket string // path of a private engine's API socket
 	dir    string
-	daemon *daemon
+	daemon *daemon // nil where the engine was running before
 	cli    string
+}
+
+// FindDocker returns the engine that docker speaks to on this machine by
+// default, or an error if none answers.
+func FindDocker(ctx context.Context) (*Docker, error) {
+	cli, err := dockerCLI()
+	if err != nil {
+		return nil, err
+	}
+	d := &Docker{cli: cli}
+	_, err = d.Output(ctx, "version")
+	return d, err
 }
 
 // maxSocket is the longest path that a Unix socket can have, in bytes.
@@ -47,7 +59,7 @@ func StartDocker(ctx context.Context, dir string) (*Docker, error) {
 		"--data-root", filepath.Join(dir, "data"),
 		"--exec-root", execRoot,
 		"--pidfile", filepath.Join(dir, "dockerd.pid"),
-		"--config-file", filepath.Join(dir, "daemon.json"), // absent: the system's is not read
+		"--config-file", filepath.Join(dir, "daemon.json"), // empty: the system's is not read
 		"--host", "unix://"+d.Socket,
 		"--containerd-namespace", ns, "--containerd-plugins-namespace", ns+"-plugins",
 		"--storage-driver", "overlay2",
@@ -80,17 +92,20 @@ func dockerCLI() (string, error) {
 	return exec.LookPath("docker")
 }
 
-// Command returns a call of the docker client that speaks to this engine. The
-// client reads its configuration from below the engine's directory, so no
-// login of the caller's is used or changed.
+// Command returns a call of the docker client that speaks to this engine.
 func (d *Docker) Command(ctx context.Context, args ...string) *exec.Cmd {
 	cmd := exec.CommandContext(ctx, d.cli, args...)
 	cmd.Env = append(os.Environ(), d.Env()...)
 	return cmd
 }
 
-// Env is what a process needs to reach this engine as its default one.
+// Env is what a process needs to reach this engine as its default one. Clients
+// of a private engine read their configuration below its directory, so no
+// login of the caller's is used or changed.
 func (d *Docker) Env() []string {
+	if d.daemon == nil {
+		return nil
+	}
 	return []string{"DOCKER_HOST=unix://" + d.Socket, "DOCKER_CONFIG=" + filepath.Join(d.dir, "config"), "DOCKER_CONTEXT="}
 }
 
@@ -101,12 +116,22 @@ func (d *Docker) Output(ctx context.Context, args ...string) (string, error) {
 	return string(out), err
 }
 
-// Log returns the last lines of the engine's log, for a failed test to show.
-func (d *Docker) Log() string { return d.daemon.tail() }
+// Log returns the last lines of a private engine's log, for a failed test to
+// show.
+func (d *Docker) Log() string {
+	if d.daemon == nil {
+		return ""
+	}
+	return d.daemon.tail()
+}
 
-// Close kills the engine's containers, stops it and the processes that it
-// started, and unmounts what it mounted. Its directory may be removed after.
+// Close kills a private engine's containers, stops it and the processes that
+// it started, and unmounts what it mounted. Its directory may be removed after.
+// An engine that was running before is left alone.
 func (d *Docker) Close() error {
+	if d.daemon == nil {
+		return nil
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	var errs []error
