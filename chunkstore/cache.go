@@ -16,7 +16,7 @@ import (
 const (
 	// cacheWriters write at a time: each spends its time waiting for the disk,
 	// which takes several fsyncs together at the price of one.
-	cacheWriters = 4
+	cacheWriters = 8
 	cacheQueue   = 64 // chunks
 
 	// How long a read and a batch wait for room in the queue before the chunk is

@@ -213,7 +213,7 @@ func (s *Store) write(ctx context.Context, id index.ID, frame []byte) error {
 	}
 	name := id.String()
 	temp := tempPrefix + rand.Text()
-	shard, fd, err := s.createTemp(name[:shardLen], temp)
+	shard, fd, made, err := s.createTemp(name[:shardLen], temp)
 	if err != nil {
 		return err
 	}
@@ -232,25 +232,26 @@ func (s *Store) write(ctx context.Context, id index.ID, frame []byte) error {
 		unix.Unlinkat(at, temp, 0)
 		return err
 	}
-	// Until the directory is on disk, the chunk has no name there.
+	// Until the directories are on disk, the chunk has no name there.
+	if made {
+		if err := syncDir(s.dir); err != nil {
+			return err
+		}
+	}
 	return syncDir(shard)
 }
 
-// createTemp makes the file temp in the subdirectory shard, which it makes too
-// if need be, and returns both.
-func (s *Store) createTemp(shard, temp string) (dir *os.File, fd int, err error) {
-	const tries = 4
+// createTemp makes the file temp in the subdirectory shard, and returns both.
+// made says that it made the subdirectory too.
+func (s *Store) createTemp(shard, temp string) (dir *os.File, fd int, made bool, err error) {
+	const tries = 16
 	for range tries {
-		err = unix.Mkdirat(int(s.dir.Fd()), shard, 0o755)
-		switch err {
+		switch err = unix.Mkdirat(int(s.dir.Fd()), shard, 0o755); err {
 		case nil:
-			// The new subdirectory must not be lost with the chunk in it.
-			if err := syncDir(s.dir); err != nil {
-				return nil, -1, err
-			}
+			made = true
 		case unix.EEXIST:
 		default:
-			return nil, -1, err
+			return nil, -1, false, err
 		}
 		dir, err = s.openDir(shard)
 		if isAny(err, unix.ENOTDIR, unix.ELOOP) {
@@ -261,7 +262,7 @@ func (s *Store) createTemp(shard, temp string) (dir *os.File, fd int, err error)
 		if err == nil {
 			fd, err = openat(int(dir.Fd()), temp, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL, 0o444)
 			if err == nil {
-				return dir, fd, nil
+				return dir, fd, made, nil
 			}
 			dir.Close()
 		}
@@ -271,7 +272,7 @@ func (s *Store) createTemp(shard, temp string) (dir *os.File, fd int, err error)
 			break
 		}
 	}
-	return nil, -1, err
+	return nil, -1, false, err
 }
 
 // syncDir makes the names in a directory durable, on file systems that can.
