@@ -1,5 +1,5 @@
 // Package archtest holds the tests of the module's shape: which package may
-// import which.
+// import which, and that every dependency has a reason.
 package archtest
 
 import (
@@ -137,6 +137,33 @@ func TestImports(t *testing.T) {
 					t.Errorf("%s depends on %s: %s", b.pkg, dep, b.why)
 				}
 			}
+		}
+	}
+}
+
+// TestDependenciesHaveReasons wants a line in docs/dependencies.md for each
+// module that this one requires directly.
+func TestDependenciesHaveReasons(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/dependencies.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("go", "mod", "edit", "-json").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var mod struct {
+		Require []struct {
+			Path     string
+			Indirect bool
+		}
+	}
+	if err := json.Unmarshal(out, &mod); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range mod.Require {
+		if !m.Indirect && !strings.Contains(string(doc), "| `"+m.Path+"` |") {
+			t.Errorf("docs/dependencies.md has no line for %s", m.Path)
 		}
 	}
 }
