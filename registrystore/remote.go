@@ -51,8 +51,8 @@ type RemoteOptions struct {
 	Stall time.Duration
 }
 
-// remote reads blobs of one repository.
-type remote struct {
+// remoteBlobs reads blobs of one repository.
+type remoteBlobs struct {
 	repo     name.Repository
 	address  string
 	keychain authn.Keychain
@@ -86,7 +86,7 @@ func NewRemote(address string, o RemoteOptions) (Blobs, error) {
 	if err != nil {
 		return nil, fmt.Errorf("store %q: %w", withoutUser(address), err)
 	}
-	r := &remote{
+	r := &remoteBlobs{
 		repo:     repo,
 		address:  address,
 		keychain: o.Keychain,
@@ -187,9 +187,9 @@ func newTransport() *http.Transport {
 	}
 }
 
-func (r *remote) String() string { return r.address }
+func (r *remoteBlobs) String() string { return r.address }
 
-func (r *remote) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
+func (r *remoteBlobs) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
 	q := &request{remote: r, digest: digest, off: off, n: n}
 	if err := checkRange(digest, off, n); err != nil {
 		return nil, q.fail(err)
@@ -212,7 +212,7 @@ func (r *remote) Range(ctx context.Context, digest string, off, n int64) (io.Rea
 
 // request is one request for a range, and the reader of its response.
 type request struct {
-	remote *remote
+	remote *remoteBlobs
 	digest string
 	off, n int64
 
@@ -325,7 +325,7 @@ func checkRedirect(req *http.Request, via []*http.Request) error {
 
 // renew replaces session old by a new one, unless another request has done so
 // already: when a token expires, all running requests come here.
-func (r *remote) renew(ctx context.Context, old *session) error {
+func (r *remoteBlobs) renew(ctx context.Context, old *session) error {
 	select {
 	case r.login <- struct{}{}:
 	case <-ctx.Done():
@@ -353,7 +353,7 @@ func (r *remote) renew(ctx context.Context, old *session) error {
 	}
 }
 
-func (r *remote) handshake(ctx context.Context) (*session, error) {
+func (r *remoteBlobs) handshake(ctx context.Context) (*session, error) {
 	auth, err := authn.Resolve(ctx, r.keychain, r.repo)
 	if err != nil {
 		return nil, fmt.Errorf("credentials for %s: %w", r.repo.RegistryStr(), err)
