@@ -1,0 +1,197 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/spf13/cobra"
+
+	"github.com/container-bootfs/bootfs/internal/transport"
+)
+
+// stdio is what a command reads its environment from and writes to.
+type stdio struct {
+	stdout, stderr io.Writer
+	getenv         func(string) string
+}
+
+// Environment variables of the command.
+const (
+	envBareTransport = "BOOTFS_BARE_TRANSPORT" // transport of a name that has none
+	envStore         = "BOOTFS_STORE"          // --store, where the destination cannot hold chunks
+	envBlobStore     = "BLOB_STORE"            // --store of the commands that read; boot knows it too
+)
+
+// memoryLimit is where the garbage collector starts to work hard, in bytes.
+// The pipeline needs less than half of it; the rest is for trees of millions
+// of files.
+const memoryLimit = 400 << 20
+
+// run executes the command line args and returns the exit code.
+func run(ctx context.Context, args []string, s stdio) int {
+	if debug.SetMemoryLimit(-1) == math.MaxInt64 { // GOMEMLIMIT is not set
+		debug.SetMemoryLimit(memoryLimit)
+	}
+	root := newRoot(s)
+	root.SetArgs(args)
+	root.SetOut(s.stdout)
+	root.SetErr(s.stderr)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	code, line := explain(ctx, err)
+	if line != "" {
+		fmt.Fprintln(s.stderr, "bootfs-convert: "+line)
+	}
+	return code
+}
+
+// common are the flags of all commands.
+type common struct {
+	stdio
+	platforms []string
+	tempDir   string
+	insecure  []string
+	quiet     bool
+	json      bool
+}
+
+const rootLong = `Convert a container image into one that starts before it is downloaded.
+
+SRC and DST are named as in skopeo:
+
+  NAME, docker://NAME         an image in a registry
+  docker-daemon:NAME          an image of the Docker engine
+  docker-archive:FILE[:NAME]  what docker save writes
+  oci:DIR[:TAG]               an OCI layout
+  oci-archive:FILE[:TAG]      an OCI layout in a tar file
+
+The chunks of the root filesystem go to packs beside the image, where DST is a
+registry or an OCI layout, or to --store: a directory (a casync chunk store) or
+registry://HOST/REPOSITORY.
+`
+
+const rootExample = `  bootfs-convert debian:12 registry.example.com/debian:12-lazy
+  bootfs-convert docker-archive:app.tar oci:converted:1.0
+  bootfs-convert --store /srv/rootfs.castr docker-daemon:app docker-daemon:app-lazy
+  bootfs-convert check debian:12 registry.example.com/debian:12-lazy`
+
+func newRoot(s stdio) *cobra.Command {
+	c := &common{stdio: s}
+	f := &convertFlags{common: c}
+	root := &cobra.Command{
+		Use:           "bootfs-convert SRC DST",
+		Short:         "Convert a container image into one that starts before it is downloaded",
+		Long:          rootLong + "\n" + exitHelp + "\n" + envHelp,
+		Example:       rootExample,
+		Args:          exactArgs("SRC", "DST"),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runConvert(cmd.Context(), f, args[0], args[1])
+		},
+		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usagef("%w", err) })
+	p := root.PersistentFlags()
+	p.StringSliceVar(&c.platforms, "platform", nil, "only these platforms, as OS/ARCH[/VARIANT]")
+	p.StringVar(&c.tempDir, "tmp-dir", "", "directory for temporary files (default $TMPDIR or /tmp)")
+	p.StringSliceVar(&c.insecure, "insecure", nil, "registries, as HOST[:PORT], without TLS or without a valid certificate")
+	p.BoolVarP(&c.quiet, "quiet", "q", false, "no progress, only warnings and errors")
+	p.BoolVar(&c.json, "json", false, "write the result as JSON")
+	f.register(root)
+	root.AddCommand(newInspect(c), newCheck(c), newMount(c), newExtract(c))
+	return root
+}
+
+const envHelp = `Environment:
+  BOOTFS_BARE_TRANSPORT  transport of a NAME without one: docker (default) or docker-daemon
+  BOOTFS_STORE           --store for destinations that cannot hold chunks
+  BLOB_STORE             --store for inspect, check, mount and extract, separated by blanks
+`
+
+// exactArgs wants one argument for each name.
+func exactArgs(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		if len(args) != len(names) {
+			return usagef("got %d arguments, want %s; see %s --help", len(args), strings.Join(names, " "), cmd.CommandPath())
+		}
+		return nil
+	}
+}
+
+// ref parses an image name of the command line.
+func (c *common) ref(s string) (transport.Ref, error) {
+	r, err := transport.Parse(s, c.getenv(envBareTransport))
+	if err != nil {
+		return transport.Ref{}, usagef("%w", err)
+	}
+	return r, nil
+}
+
+// transportOptions are what the flags say about reaching images.
+func (c *common) transportOptions() (transport.Options, error) {
+	o := transport.Options{TempDir: c.tempDir, Insecure: c.insecure}
+	for _, s := range c.platforms {
+		p, err := transport.ParsePlatform(s)
+		if err != nil {
+			return o, usagef("%w", err)
+		}
+		o.Platforms = append(o.Platforms, p)
+	}
+	return o, nil
+}
+
+// writeJSON writes v for programs.
+func (c *common) writeJSON(v any) error {
+	e := json.NewEncoder(c.stdout)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(v)
+}
+
+// onePlatform picks the image that a command on a single root is about: the
+// only one, or this machine's unless the platforms were asked for.
+func onePlatform[T any](images []T, platform func(T) v1.Platform, asked bool) (T, error) {
+	var have []string
+	for _, img := range images {
+		p := platform(img)
+		if len(images) == 1 || !asked && p.Architecture == runtime.GOARCH {
+			return img, nil
+		}
+		have = append(have, p.String())
+	}
+	var none T
+	return none, usagef("the image is for several platforms, choose one with --platform: %s", strings.Join(have, ", "))
+}
+
+// absStores makes directories among addresses absolute.
+func absStores(addresses []string) ([]string, error) {
+	out := make([]string, len(addresses))
+	for i, a := range addresses {
+		out[i] = a
+		if dir, ok := strings.CutPrefix(a, "oci:"); ok {
+			abs, err := filepath.Abs(dir)
+			if err != nil {
+				return nil, err
+			}
+			out[i] = "oci:" + abs
+		} else if !strings.Contains(a, "://") {
+			abs, err := filepath.Abs(a)
+			if err != nil {
+				return nil, err
+			}
+			out[i] = abs
+		}
+	}
+	return out, nil
+}

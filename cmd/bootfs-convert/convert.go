@@ -1,0 +1,125 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"debug/elf"
+	"fmt"
+	"os"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/spf13/cobra"
+
+	"github.com/container-bootfs/bootfs/internal/bootbin"
+	"github.com/container-bootfs/bootfs/internal/convert"
+	"github.com/container-bootfs/bootfs/internal/scratch"
+)
+
+// convertFlags are those of bootfs-convert SRC DST.
+type convertFlags struct {
+	*common
+	store string
+	boot  string
+}
+
+func (f *convertFlags) register(cmd *cobra.Command) {
+	fs := cmd.Flags()
+	fs.StringVar(&f.store, "store", "", "where the chunks go: a directory or registry://HOST/REPOSITORY (default packs beside the image)")
+	fs.StringVar(&f.boot, "boot", "", "boot binary to put into the image (default the built-in one)")
+}
+
+func runConvert(ctx context.Context, f *convertFlags, source, destination string) error {
+	src, err := f.ref(source)
+	if err != nil {
+		return err
+	}
+	dst, err := f.ref(destination)
+	if err != nil {
+		return err
+	}
+	t, err := f.transportOptions()
+	if err != nil {
+		return err
+	}
+	store := f.store
+	if store == "" && !dst.HoldsPacks() {
+		store = f.getenv(envStore)
+	}
+	boot := builtInBoot
+	if f.boot != "" {
+		if boot, err = bootFromFile(f.boot); err != nil {
+			return err
+		}
+	}
+	d := f.display()
+	report, err := convert.Run(ctx, convert.Options{
+		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, Boot: boot,
+		TempDir: f.tempDir, Transport: t, Progress: d.event, Log: f.logger(d),
+	})
+	d.close()
+	if err != nil {
+		return err
+	}
+	if f.json {
+		return f.writeJSON(report)
+	}
+	return f.printReport(report)
+}
+
+// printReport writes a conversion's result for people.
+func (f *convertFlags) printReport(r *convert.Report) error {
+	var b strings.Builder
+	for _, p := range r.Platforms {
+		fmt.Fprintf(&b, "%s: %d files, %s in %d chunks", p.Platform, p.Files, scratch.Bytes(p.RootBytes), p.Chunks)
+		fmt.Fprintf(&b, "; %s stored", scratch.Bytes(p.StoredBytes))
+		if p.Packs > 0 {
+			fmt.Fprintf(&b, " in %d packs", p.Packs)
+		}
+		fmt.Fprintf(&b, ", %s of it new; engines pull %s\n", scratch.Bytes(p.NewBytes), scratch.Bytes(p.BootBytes))
+	}
+	fmt.Fprintf(&b, "%s@%s in %.1f s\n", r.Destination, r.Digest, r.Seconds)
+	_, err := fmt.Fprint(f.stdout, b.String())
+	return err
+}
+
+// builtInBoot returns the boot binary that was built into this command.
+func builtInBoot(p v1.Platform) ([]byte, error) { return bootbin.Open(bootPlatform(p)) }
+
+// bootPlatform is the platform whose boot binary serves p. Variants other than
+// those of 32-bit ARM do not matter to it.
+func bootPlatform(p v1.Platform) string {
+	s := p.OS + "/" + p.Architecture
+	switch {
+	case p.Architecture != "arm":
+		return s
+	case p.Variant == "" || p.Variant == "v8":
+		return s + "/v7"
+	}
+	return s + "/" + p.Variant
+}
+
+// machines are the ELF machines of platforms, so that a binary for another one
+// is noticed before an image carries it.
+var machines = map[string]elf.Machine{
+	"386": elf.EM_386, "amd64": elf.EM_X86_64, "arm": elf.EM_ARM, "arm64": elf.EM_AARCH64,
+	"ppc64le": elf.EM_PPC64, "riscv64": elf.EM_RISCV, "s390x": elf.EM_S390,
+}
+
+// bootFromFile returns the binary in a file for the platforms that it runs on.
+func bootFromFile(name string) (func(v1.Platform) ([]byte, error), error) {
+	bin, err := os.ReadFile(name)
+	if err != nil {
+		return nil, usagef("--boot: %w", err)
+	}
+	e, err := elf.NewFile(bytes.NewReader(bin))
+	if err != nil {
+		return nil, usagef("--boot %s: not an ELF program: %w", name, err)
+	}
+	return func(p v1.Platform) ([]byte, error) {
+		if want, ok := machines[p.Architecture]; ok && e.Machine != want {
+			return nil, usagef("--boot %s is for %s, not for %s: choose the platform with --platform", name, e.Machine, p)
+		}
+		return bin, nil
+	}, nil
+}

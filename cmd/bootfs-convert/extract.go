@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/container-bootfs/bootfs/internal/convert"
+	"github.com/container-bootfs/bootfs/internal/converted"
+	"github.com/container-bootfs/bootfs/internal/scratch"
+	"github.com/container-bootfs/bootfs/internal/unpack"
+)
+
+type extractFlags struct {
+	readFlags
+	image string
+	index string
+}
+
+func newExtract(c *common) *cobra.Command {
+	f := &extractFlags{readFlags: readFlags{common: c}}
+	cmd := &cobra.Command{
+		Use:   "extract REF [DIR]",
+		Short: "Write a converted image's root into a directory or a file",
+		Long: `Write the root of a converted image, verified: into DIR, which is made or is
+empty; with --image as the EROFS image that the kernel mounts; with --index as
+the index from which casync makes that image, given the chunks:
+
+  bootfs-convert --store /srv/rootfs.castr SRC DST
+  bootfs-convert extract --index rootfs.caibx DST
+  casync extract --store=/srv/rootfs.castr rootfs.caibx rootfs.erofs
+
+Owners, devices and privileged attributes need root; who is not root gets the
+rest, and is told.`,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 1 && (f.image != "" || f.index != "") {
+				return nil
+			}
+			return exactArgs("REF", "DIR")(cmd, args)
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return runExtract(cmd.Context(), f, append(args, "")[:2])
+		},
+	}
+	f.register(cmd)
+	cmd.Flags().StringVar(&f.image, "image", "", "write the root as an EROFS image to this file")
+	cmd.Flags().StringVar(&f.index, "index", "", "write the index of the root (.caibx) to this file")
+	return cmd
+}
+
+// extraction is the result of extract.
+type extraction struct {
+	Platform  string `json:"platform"`
+	Files     int64  `json:"files,omitempty"` // inodes written into the directory
+	Bytes     int64  `json:"bytes,omitempty"` // of their contents
+	Omitted   int64  `json:"omitted,omitempty"`
+	RootBytes int64  `json:"rootBytes"`
+}
+
+func runExtract(ctx context.Context, f *extractFlags, args []string) error {
+	d := f.display()
+	defer d.close()
+	o, err := f.open(ctx, args[0], d)
+	if err != nil {
+		return err
+	}
+	defer o.Close()
+	img, err := f.one(o)
+	if err != nil {
+		return err
+	}
+	result := extraction{Platform: img.Platform.String(), RootBytes: img.Index.Size()}
+	if f.index != "" {
+		err := replaceFile(f.index, func(w *os.File) error {
+			_, err := w.Write(img.RawIndex)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	progress, end := meter(d, img, phaseFetch, img.Index.Size())
+	if f.image != "" {
+		err := replaceFile(f.image, func(w *os.File) error {
+			if err := w.Truncate(img.Index.Size()); err != nil {
+				return err
+			}
+			return img.WriteTo(ctx, w, progress)
+		})
+		if err != nil {
+			return err
+		}
+		end()
+	}
+	if dir := args[1]; dir != "" {
+		if err := f.extractDir(ctx, d, img, dir, &result); err != nil {
+			return err
+		}
+	}
+	if f.json {
+		return f.writeJSON(result)
+	}
+	return nil
+}
+
+// extractDir fetches the whole root before it writes the first file, so that a
+// missing chunk leaves no half of a directory.
+func (f *extractFlags) extractDir(ctx context.Context, d display, img *converted.Image, dir string, result *extraction) error {
+	progress, end := meter(d, img, phaseFetch, img.Index.Size())
+	root, err := img.Spool(ctx, f.tempDir, progress)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	end()
+	if err := img.CheckMeta(root); err != nil {
+		return err
+	}
+	t, err := converted.Tree(img.Reader, root)
+	if err != nil {
+		return err
+	}
+	progress, end = meter(d, img, phaseWrite, 0)
+	r, err := unpack.Dir(ctx, t, dir, unpack.Options{Unprivileged: os.Geteuid() != 0, Progress: progress})
+	if err != nil {
+		return fmt.Errorf("extract to %s: %w", dir, err)
+	}
+	end()
+	result.Files, result.Bytes, result.Omitted = r.Files, r.Bytes, r.Omitted
+	if r.Omitted > 0 {
+		f.logger(d).Warn(fmt.Sprintf("%d files lack their owner, device or privileged attributes: only root can write them", r.Omitted))
+	}
+	return nil
+}
+
+// Phases of the commands that read.
+const (
+	phaseFetch convert.Phase = "fetch"
+	phaseWrite convert.Phase = "write"
+)
+
+// replaceFile gives name the content that fill writes, or leaves it as it was.
+func replaceFile(name string, fill func(*os.File) error) error {
+	w, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(w.Name())
+	defer w.Close()
+	if err := fill(w); err != nil {
+		return scratch.Explain(filepath.Dir(name), err)
+	}
+	if err := w.Chmod(0o644); err != nil {
+		return err
+	}
+	// A name that survives a power cut must not lead to an empty file.
+	if err := w.Sync(); err != nil {
+		return scratch.Explain(filepath.Dir(name), err)
+	}
+	return os.Rename(w.Name(), name)
+}

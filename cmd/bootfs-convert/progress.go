@@ -1,0 +1,161 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+	"golang.org/x/term"
+
+	"github.com/container-bootfs/bootfs/internal/convert"
+	"github.com/container-bootfs/bootfs/internal/converted"
+	"github.com/container-bootfs/bootfs/internal/scratch"
+)
+
+// display shows progress. Lines of the log go through it, so that they do not
+// tear a progress bar. All methods may be called concurrently, but for close.
+type display interface {
+	io.Writer // of whole lines
+	event(convert.Event)
+	close()
+}
+
+// display returns bars on a terminal, plain lines elsewhere, and with --quiet
+// only what is written to it.
+func (c *common) display() display {
+	if c.quiet {
+		return &lines{w: c.stderr, every: -1}
+	}
+	if f, ok := c.stderr.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return &bars{p: mpb.New(mpb.WithOutput(f), mpb.WithWidth(40)), bars: map[string]*mpb.Bar{}}
+	}
+	return &lines{w: c.stderr, every: 10 * time.Second}
+}
+
+// logger writes what people should know.
+func (c *common) logger(d display) *slog.Logger {
+	level := slog.LevelInfo
+	if c.quiet {
+		level = slog.LevelWarn
+	}
+	return slog.New(&lineHandler{w: d, level: level})
+}
+
+// title names the phase of an event.
+func title(e convert.Event) string {
+	if e.Platform == "" {
+		return string(e.Phase)
+	}
+	return string(e.Phase) + " " + e.Platform
+}
+
+// meter counts the bytes of a phase of img; end says that it is over.
+func meter(d display, img *converted.Image, phase convert.Phase, total int64) (add func(int64), end func()) {
+	e := convert.Event{Platform: img.Platform.String(), Phase: phase, Total: total}
+	d.event(e)
+	var done atomic.Int64
+	add = func(n int64) {
+		e := e
+		e.Done = done.Add(n)
+		d.event(e)
+	}
+	end = func() {
+		e := e
+		e.Done, e.End = done.Load(), true
+		d.event(e)
+	}
+	return add, end
+}
+
+// lines is the display without a terminal: a line when a phase ends, and now
+// and then one while it lasts.
+type lines struct {
+	every time.Duration // between two lines of a phase; negative shows none
+
+	mu    sync.Mutex
+	w     io.Writer            // guarded by mu
+	began map[string]time.Time // guarded by mu; by title
+	last  time.Time            // guarded by mu; of the last line
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.w.Write(p)
+}
+
+func (l *lines) event(e convert.Event) {
+	if l.every < 0 {
+		return
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := time.Now()
+	if l.began == nil {
+		l.began = make(map[string]time.Time)
+	}
+	name := title(e)
+	began, ok := l.began[name]
+	if !ok {
+		l.began[name], l.last = now, now
+		return
+	}
+	switch {
+	case e.End:
+		fmt.Fprintf(l.w, "%s: %s in %.1f s\n", name, scratch.Bytes(e.Done), now.Sub(began).Seconds())
+	case now.Sub(l.last) < l.every:
+		return
+	case e.Total > 0:
+		fmt.Fprintf(l.w, "%s: %s of %s\n", name, scratch.Bytes(e.Done), scratch.Bytes(e.Total))
+	default:
+		fmt.Fprintf(l.w, "%s: %s\n", name, scratch.Bytes(e.Done))
+	}
+	l.last = now
+}
+
+func (l *lines) close() {}
+
+// bars is the display on a terminal.
+type bars struct {
+	p *mpb.Progress
+
+	mu   sync.Mutex
+	bars map[string]*mpb.Bar // guarded by mu; by title
+}
+
+func (b *bars) Write(p []byte) (int, error) { return b.p.Write(p) }
+
+func (b *bars) event(e convert.Event) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	name := title(e)
+	bar := b.bars[name]
+	if bar == nil {
+		bar = b.p.AddBar(e.Total,
+			mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR), decor.CountersKiloByte("% .1f / % .1f", decor.WCSyncSpace)),
+			mpb.AppendDecorators(decor.AverageSpeed(decor.SizeB1000(0), "% .0f", decor.WCSyncSpace)))
+		b.bars[name] = bar
+	}
+	if e.Done > bar.Current() {
+		bar.SetCurrent(e.Done)
+	}
+	if e.End {
+		bar.SetTotal(-1, true) // what was counted is all there is
+	}
+}
+
+// close leaves the bars as they stand.
+func (b *bars) close() {
+	for _, bar := range b.bars {
+		if !bar.Completed() {
+			bar.Abort(false)
+		}
+	}
+	b.p.Wait()
+}

@@ -1,0 +1,99 @@
+// Package convert turns an image into one that starts before it is
+// downloaded: a small boot image, and chunks that lie beside it or in a store
+// of their own.
+//
+// [Run] is the whole way. The layers are read in parallel and merged, the
+// merged tree is laid out as a root image, and that is read once from front to
+// back: cut, named, encoded in parallel and put away in order. The root image
+// is never stored whole. What Run writes depends on the source, the options
+// and the boot binary, not on the machine; and the destination shows the new
+// image complete or is what it was.
+package convert
+
+import "errors"
+
+// Part is one of the places that a conversion works with.
+type Part int
+
+// The parts that errors of Run are told apart by.
+const (
+	Source      Part = iota + 1 // the image that is read
+	Destination                 // the image or the store that is written
+	Usage                       // options that do not fit one another
+)
+
+// Error says which part of a conversion failed, for a caller that answers them
+// differently.
+type Error struct {
+	Part Part
+	Err  error
+}
+
+func (e *Error) Error() string { return e.Err.Error() }
+func (e *Error) Unwrap() error { return e.Err }
+
+// in marks err as one of part, unless it is marked already.
+func in(part Part, err error) error {
+	var e *Error
+	if err == nil || errors.As(err, &e) {
+		return err
+	}
+	return &Error{part, err}
+}
+
+// Phase is a stretch of a conversion that progress is told of.
+type Phase string
+
+// The phases of one platform, in their order.
+const (
+	PhaseLayers Phase = "layers" // stored bytes of the source's layers
+	PhaseChunks Phase = "chunks" // plain bytes of the root image
+	PhaseImage  Phase = "image"  // bytes that go to the destination
+)
+
+// Event is a step of progress.
+type Event struct {
+	Platform string
+	Phase    Phase
+	Done     int64 // bytes
+	Total    int64 // bytes; 0 when it is not known
+	End      bool  // the phase is over
+}
+
+// Report is what a conversion did, for people and CI.
+type Report struct {
+	Source      string           `json:"source"`
+	Destination string           `json:"destination"`
+	Digest      string           `json:"digest"` // of what the destination's name now stands for
+	Store       string           `json:"store"`  // where the chunks are; "" beside the image in a layout
+	Platforms   []PlatformReport `json:"platforms"`
+	Skipped     []string         `json:"skipped,omitempty"` // what else the source holds, and why it was left
+	Seconds     float64          `json:"seconds"`
+}
+
+// PlatformReport is the part of one platform.
+type PlatformReport struct {
+	Platform     string `json:"platform"`
+	SourceDigest string `json:"sourceDigest"`
+	SourceBytes  int64  `json:"sourceBytes"` // of the layers as stored
+	IndexDigest  string `json:"indexDigest"` // names the root
+	Files        int64  `json:"files"`       // inodes
+	RootBytes    int64  `json:"rootBytes"`   // of the root image
+	Chunks       int    `json:"chunks"`      // of the index
+	ZeroChunks   int    `json:"zeroChunks"`  // of them, all zeros
+	Distinct     int    `json:"distinctChunks"`
+	StoredBytes  int64  `json:"storedBytes"` // of the distinct chunks, compressed
+	NewBytes     int64  `json:"newBytes"`    // of StoredBytes, written by this conversion
+	ReusedBytes  int64  `json:"reusedBytes"` // of StoredBytes, there before
+	Packs        int    `json:"packs"`
+	StartChunks  int    `json:"startChunks"`
+	StartBytes   int64  `json:"startBytes"` // stored bytes of the start set
+	BootDigest   string `json:"bootDigest"` // manifest of the boot image
+	BootBytes    int64  `json:"bootBytes"`  // what an engine pulls, compressed
+	TempBytes    int64  `json:"tempBytes"`  // estimate of the temporary space that was asked for
+
+	LayerSeconds float64 `json:"layerSeconds"`
+	MergeSeconds float64 `json:"mergeSeconds"`
+	ChunkSeconds float64 `json:"chunkSeconds"`
+	ImageSeconds float64 `json:"imageSeconds"`
+}

@@ -1,0 +1,165 @@
+package convert
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+
+	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/internal/rootimage"
+	"github.com/container-bootfs/bootfs/internal/transport"
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// chunkPlace is where the chunks of a conversion go: packs beside the image,
+// packs in another repository, or single files in a directory.
+type chunkPlace struct {
+	c       *conversion
+	address string                // as recorded in the image; "" beside the image in a layout
+	packs   transport.Destination // nil for a directory
+	own     bool                  // packs is not the image's destination
+	loose   *local.Store          // nil for packs
+}
+
+// openChunkPlace prepares the store that the options ask for.
+func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
+	store := c.o.Store
+	p := &chunkPlace{c: c}
+	switch {
+	case store == "":
+		p.packs, p.address = c.dest, c.dest.StoreAddress()
+	case isLoose(store):
+		var err error
+		if p.address, err = filepath.Abs(store); err != nil {
+			return nil, err
+		}
+		if p.loose, err = local.Create(p.address); err != nil {
+			return nil, fmt.Errorf("store: %w", err)
+		}
+	default:
+		ref, err := storeRef(store, "packs")
+		if err != nil {
+			return nil, err
+		}
+		if p.packs, err = transport.OpenDestination(ctx, ref, c.transport()); err != nil {
+			return nil, err
+		}
+		p.address, p.own = p.packs.StoreAddress(), true
+	}
+	if host := loopbackHost(p.address); host != "" {
+		c.o.Log.Warn("containers will look for their chunks at " + host + ", which inside a container is the container itself: " +
+			"use a name that they can reach, or run them with --network host")
+	}
+	return p, nil
+}
+
+// storeRef names the image in a repository of packs that keeps them: registries
+// delete what no tag leads to.
+func storeRef(store, tag string) (transport.Ref, error) {
+	repo, ok := strings.CutPrefix(store, "registry://")
+	if !ok {
+		return transport.Ref{}, &Error{Usage, fmt.Errorf("store %q: want a directory or registry://HOST/REPOSITORY", store)}
+	}
+	ref, err := transport.Parse("docker://"+repo+":"+tag, "")
+	if err != nil {
+		return transport.Ref{}, &Error{Usage, fmt.Errorf("store %q: %w", store, err)}
+	}
+	return ref, nil
+}
+
+// loopbackHost returns the host of a store's address if it names the machine
+// itself, else "".
+func loopbackHost(address string) string {
+	u, err := url.Parse(address)
+	if err != nil || u.Host == "" {
+		return ""
+	}
+	h := u.Hostname()
+	if ip := net.ParseIP(h); ip != nil && ip.IsLoopback() || h == "localhost" || strings.HasSuffix(h, ".localhost") {
+		return u.Host
+	}
+	return ""
+}
+
+// chunks puts the chunks of plan away. list is nil for a directory.
+func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []span, progress func(int64)) (*chunked, []registrystore.Pack, error) {
+	if p.loose != nil {
+		l := &loose{store: p.loose}
+		ch, err := chunkImage(ctx, plan, nil, l, progress)
+		if err != nil {
+			return nil, nil, in(Destination, err)
+		}
+		ch.report.NewBytes, ch.report.ReusedBytes = l.written.Load(), l.reused.Load()
+		return ch, nil, nil
+	}
+	var written, reused atomic.Int64
+	w := registrystore.NewPackWriter(ctx, p.c.o.TempDir, func(ctx context.Context, pack registrystore.Pack) error {
+		was, err := p.packs.PutPack(ctx, pack)
+		if err != nil {
+			return in(Destination, err)
+		}
+		n := &written
+		if was {
+			n = &reused
+		}
+		n.Add(pack.Size)
+		return nil
+	})
+	ch, err := chunkImage(ctx, plan, start, packs{w}, progress)
+	descriptors, errClose := w.Close()
+	if err == nil {
+		err = errClose
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	ch.report.NewBytes, ch.report.ReusedBytes = written.Load(), reused.Load()
+	list := make([]registrystore.Pack, len(descriptors))
+	for i, d := range descriptors {
+		list[i] = registrystore.Pack{PackDescriptor: d} // at the destination: no Open
+	}
+	return ch, list, nil
+}
+
+// commit makes the chunks of images last.
+func (p *chunkPlace) commit(ctx context.Context, images []transport.PlatformImage) error {
+	if !p.own {
+		return nil
+	}
+	// The name follows the content, so that no other image's packs lose theirs.
+	var all strings.Builder
+	data := make([]transport.PlatformImage, len(images))
+	for i := range images {
+		h, err := images[i].Data.Digest()
+		if err != nil {
+			return err
+		}
+		all.WriteString(h.String())
+		data[i] = transport.PlatformImage{Platform: *registrystore.DataPlatform(), Boot: images[i].Data}
+		images[i].Data = nil
+	}
+	ref, err := storeRef(p.c.o.Store, "packs-"+digestOf([]byte(all.String()))[len("sha256:"):][:32])
+	if err != nil {
+		return err
+	}
+	d, err := transport.OpenDestination(ctx, ref, p.c.transport())
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	_, err = d.Commit(ctx, data)
+	return err
+}
+
+func (p *chunkPlace) close() {
+	if p.own {
+		p.packs.Close()
+	}
+	if p.loose != nil {
+		p.loose.Close()
+	}
+}

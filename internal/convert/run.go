@@ -1,0 +1,397 @@
+package convert
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/assembly"
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/internal/erofs"
+	"github.com/container-bootfs/bootfs/internal/layer"
+	"github.com/container-bootfs/bootfs/internal/rootimage"
+	"github.com/container-bootfs/bootfs/internal/scratch"
+	"github.com/container-bootfs/bootfs/internal/startset"
+	"github.com/container-bootfs/bootfs/internal/transport"
+	"github.com/container-bootfs/bootfs/internal/tree"
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// Profile names the cutting and layout parameters that Run uses.
+const Profile = "v1"
+
+// Options are what Run needs to know.
+type Options struct {
+	Source      transport.Ref
+	Destination transport.Ref
+	// Platforms restricts the conversion; nil takes every Linux platform, or
+	// this machine's where the destination holds only one.
+	Platforms []v1.Platform
+	// Store is where the chunks go: a directory or "registry://HOST/REPOSITORY";
+	// "" puts packs beside the image.
+	Store string
+	// Boot returns the boot binary for a platform.
+	Boot func(v1.Platform) ([]byte, error)
+	// TempDir holds temporary files; "" means os.TempDir(). They have no name
+	// there, so nothing stays however the process ends.
+	TempDir string
+	// Transport says how to reach registries and daemons. Its Platforms,
+	// TempDir and Progress are set by Run.
+	Transport transport.Options
+	// Progress is told of steps, from several goroutines at once; may be nil.
+	Progress func(Event)
+	// Log gets what a person should know; nil discards it.
+	Log *slog.Logger
+}
+
+// Run converts an image.
+func Run(ctx context.Context, o Options) (*Report, error) {
+	if o.TempDir == "" {
+		o.TempDir = os.TempDir()
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	if o.Progress == nil {
+		o.Progress = func(Event) {}
+	}
+	began := time.Now()
+	c := &conversion{o: o}
+	report, err := c.run(ctx)
+	if err != nil {
+		return nil, scratch.Explain(o.TempDir, err)
+	}
+	report.Seconds = time.Since(began).Seconds()
+	return report, nil
+}
+
+// conversion is one Run.
+type conversion struct {
+	o    Options
+	dest transport.Destination
+	to   *chunkPlace
+}
+
+func (c *conversion) transport() transport.Options {
+	t := c.o.Transport
+	t.Platforms, t.TempDir, t.Progress = c.o.Platforms, c.o.TempDir, nil
+	return t
+}
+
+func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
+	o := c.o
+	if o.Store == "" && !o.Destination.HoldsPacks() {
+		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: a directory or registry://HOST/REPOSITORY", o.Destination)}
+	}
+	src, err := transport.Open(ctx, o.Source, c.transport())
+	if err != nil {
+		return nil, in(Source, err)
+	}
+	defer src.Close()
+	images, err := choose(src.Images(), o)
+	if err != nil {
+		return nil, err
+	}
+	space := int64(0)
+	for _, img := range images {
+		space = max(space, LayerSpace(img.Layers))
+	}
+	if !isLoose(o.Store) {
+		space += registrystore.PackSpace
+	}
+	o.Log.Info("temporary space", "directory", o.TempDir, "needed", scratch.Bytes(space))
+	if err := scratch.Check(o.TempDir, space); err != nil {
+		return nil, err
+	}
+
+	c.dest, err = transport.OpenDestination(ctx, o.Destination, c.transport())
+	if err != nil {
+		return nil, in(Destination, err)
+	}
+	defer c.dest.Close()
+	if c.to, err = openChunkPlace(ctx, c); err != nil {
+		return nil, in(Destination, err)
+	}
+	defer c.to.close()
+
+	report := &Report{Source: o.Source.String(), Destination: o.Destination.String(), Store: c.to.address}
+	for _, s := range src.Skipped() {
+		report.Skipped = append(report.Skipped, fmt.Sprintf("%s (%s)", s.Digest, s.Reason))
+		o.Log.Info("left out", "manifest", s.Digest, "reason", s.Reason)
+	}
+	var out []transport.PlatformImage
+	for _, img := range images {
+		p, r, err := c.platform(ctx, img)
+		if err != nil {
+			if len(images) > 1 {
+				err = fmt.Errorf("%s: %w", img.Platform, err)
+			}
+			return nil, err
+		}
+		r.TempBytes = space
+		out = append(out, p)
+		report.Platforms = append(report.Platforms, *r)
+	}
+	// The chunks are complete before anything refers to them.
+	if err := c.to.commit(ctx, out); err != nil {
+		return nil, in(Destination, err)
+	}
+	if report.Digest, err = c.dest.Commit(ctx, out); err != nil {
+		return nil, in(Destination, err)
+	}
+	return report, nil
+}
+
+// choose narrows images to what the destination can hold.
+func choose(images []transport.Image, o Options) ([]transport.Image, error) {
+	for _, img := range images {
+		if _, ok := img.Config.Config.Volumes[bootimage.WritablePath]; ok {
+			return nil, in(Source, fmt.Errorf("%s: it is a converted image already", o.Source))
+		}
+	}
+	if len(images) == 1 || o.Destination.HoldsPacks() {
+		return images, nil
+	}
+	var have []string
+	for _, img := range images {
+		if len(o.Platforms) == 0 && img.Platform.Architecture == runtime.GOARCH {
+			return []transport.Image{img}, nil
+		}
+		have = append(have, img.Platform.String())
+	}
+	return nil, &Error{Usage, fmt.Errorf("%s holds one platform, the source has %s: choose one with --platform", o.Destination, strings.Join(have, ", "))}
+}
+
+// platform converts one image, all but its manifests.
+func (c *conversion) platform(ctx context.Context, img transport.Image) (transport.PlatformImage, *PlatformReport, error) {
+	fail := func(err error) (transport.PlatformImage, *PlatformReport, error) {
+		return transport.PlatformImage{}, nil, err
+	}
+	boot, err := c.o.Boot(img.Platform)
+	if err != nil {
+		return fail(err)
+	}
+	clock := newClock()
+	root, closeLayers, read, err := c.readTree(ctx, img)
+	if err != nil {
+		return fail(err)
+	}
+	defer closeLayers()
+	layerSeconds := clock.lap()
+	plan, err := rootimage.New(root)
+	if err != nil {
+		return fail(in(Source, err))
+	}
+	conf := img.Config.Config
+	files := startset.Files(root, startset.Program{
+		Args: append(append([]string{}, conf.Entrypoint...), conf.Cmd...), Env: conf.Env, WorkingDir: conf.WorkingDir})
+	meta, err := erofs.NewReader(plan.Meta())
+	if err != nil {
+		return fail(err)
+	}
+	start, err := startSpans(meta, files, startBudget(plan.Size()))
+	if err != nil {
+		return fail(err)
+	}
+	mergeSeconds := clock.lap()
+
+	progress := c.meter(img.Platform, PhaseChunks, plan.Size())
+	ch, list, err := c.to.chunks(ctx, plan, start, progress.add)
+	if err != nil {
+		return fail(err)
+	}
+	progress.end()
+	r := &ch.report
+	r.Platform, r.SourceDigest, r.SourceBytes = img.Platform.String(), img.Digest, read
+	r.LayerSeconds, r.MergeSeconds, r.ChunkSeconds = layerSeconds, mergeSeconds, clock.lap()
+	r.IndexDigest, r.Files = digestOf(ch.index), int64(meta.Inodes())
+
+	// Everything about the image is known: assemble it.
+	var locators []byte
+	out := transport.PlatformImage{Platform: img.Platform}
+	if list != nil {
+		x, err := index.Open(ch.index)
+		if err != nil {
+			return fail(err)
+		}
+		descriptors := make([]registrystore.PackDescriptor, len(list))
+		for i, p := range list {
+			descriptors[i] = p.PackDescriptor
+		}
+		if locators, err = registrystore.EncodeLocators(x, descriptors, ch.locations); err != nil {
+			return fail(err)
+		}
+		if out.Data, err = registrystore.DataManifest(list); err != nil {
+			return fail(err)
+		}
+		r.Packs = len(list)
+	}
+	var stores []string
+	if c.to.address != "" {
+		stores = []string{c.to.address}
+	}
+	out.Boot, err = assembly.BootImage(assembly.Input{
+		Source: img,
+		Tree:   root,
+		Boot:   boot,
+		Config: bootimage.Config{
+			Version:      bootimage.Version,
+			Profile:      Profile,
+			IndexDigest:  r.IndexDigest,
+			Stores:       stores,
+			XattrClasses: plan.XattrClasses(),
+			Source: bootimage.Source{
+				Name: sourceName(c.o.Source), Digest: img.Digest,
+				Entrypoint: conf.Entrypoint, Cmd: conf.Cmd, User: conf.User, WorkingDir: conf.WorkingDir,
+			},
+		},
+		Index:    ch.index,
+		Locators: locators,
+		Meta:     plan.Meta(),
+	})
+	if err != nil {
+		return fail(err)
+	}
+	manifest, err := out.Boot.Manifest()
+	if err != nil {
+		return fail(err)
+	}
+	r.BootBytes = manifest.Config.Size
+	for _, l := range manifest.Layers {
+		r.BootBytes += l.Size
+	}
+	digest, err := out.Boot.Digest()
+	if err != nil {
+		return fail(err)
+	}
+	r.BootDigest = digest.String()
+	r.ImageSeconds = clock.lap()
+	return out, r, nil
+}
+
+// sourceName is what an image says of where it came from. Paths of the machine
+// that converted it are not part of that: the digests would follow them.
+func sourceName(r transport.Ref) string { return r.Name }
+
+// readTree reads the layers of img and merges them. The tree's contents can be
+// read until closeLayers is called. read counts the stored bytes.
+func (c *conversion) readTree(ctx context.Context, img transport.Image) (root *tree.Tree, closeLayers func(), read int64, err error) {
+	total := int64(0)
+	for _, b := range img.Layers {
+		total += max(0, b.Size)
+	}
+	progress := c.meter(img.Platform, PhaseLayers, total)
+	layers, closeLayers, err := ReadLayers(ctx, img.Layers, c.o.TempDir, progress.add)
+	if err != nil {
+		return nil, nil, 0, err
+	}
+	progress.end()
+	root, err = layer.Merge(layers)
+	if err != nil {
+		closeLayers()
+		return nil, nil, 0, in(Source, err)
+	}
+	return root, closeLayers, total, nil
+}
+
+// expansion is what a compressed layer is taken to grow by when it is spooled.
+// Layers of distributions grow 2.5 to 3.5 times.
+const expansion = 4
+
+// LayerSpace estimates the temporary space that reading layers takes, in bytes.
+func LayerSpace(layers []layer.Blob) int64 {
+	var n int64
+	for _, b := range layers {
+		if b.Plain == nil && b.Size > 0 {
+			n += expansion * b.Size
+		}
+	}
+	return n
+}
+
+// layersAtOnce is how many layers are fetched and decompressed at a time.
+// Registries answer that many requests of one client without complaint.
+const layersAtOnce = 4
+
+// ReadLayers reads the layers of an image in parallel, bottom first. done
+// frees what they hold.
+func ReadLayers(ctx context.Context, blobs []layer.Blob, tempDir string, progress func(int64)) (_ []*layer.Layer, done func(), err error) {
+	layers := make([]*layer.Layer, len(blobs))
+	done = func() {
+		for _, l := range layers {
+			if l != nil {
+				l.Close()
+			}
+		}
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(layersAtOnce)
+	for i, b := range blobs {
+		g.Go(func() (err error) {
+			layers[i], err = layer.Read(ctx, b, layer.Options{TempDir: tempDir, Progress: progress})
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		done()
+		return nil, nil, in(Source, scratch.Explain(tempDir, err))
+	}
+	return layers, done, nil
+}
+
+// isLoose reports whether a store takes single chunks: it is a directory.
+func isLoose(store string) bool { return store != "" && !strings.Contains(store, "://") }
+
+// digestOf is the OCI digest of b.
+func digestOf(b []byte) string {
+	sum := sha256.Sum256(b)
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// meter counts the bytes of a phase.
+type meter struct {
+	send  func(Event)
+	event Event
+	done  atomic.Int64
+}
+
+func (c *conversion) meter(p v1.Platform, phase Phase, total int64) *meter {
+	m := &meter{send: c.o.Progress, event: Event{Platform: p.String(), Phase: phase, Total: total}}
+	m.send(m.event)
+	return m
+}
+
+func (m *meter) add(n int64) {
+	e := m.event
+	e.Done = m.done.Add(n)
+	m.send(e)
+}
+
+func (m *meter) end() {
+	e := m.event
+	e.Done, e.End = m.done.Load(), true
+	m.send(e)
+}
+
+// clock measures laps in seconds.
+type clock struct{ last time.Time }
+
+func newClock() *clock { return &clock{time.Now()} }
+
+func (c *clock) lap() float64 {
+	now := time.Now()
+	d := now.Sub(c.last)
+	c.last = now
+	return d.Seconds()
+}
