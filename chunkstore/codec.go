@@ -31,9 +31,10 @@ func (e *CorruptError) Error() string {
 }
 
 // encoder is made at first use, so that a program that only reads neither pays
-// for it nor links it. Chunks carry no checksum of zstd's: their name is one.
+// for it nor links it. Frames carry no checksum of zstd's, as a chunk's name is
+// one, and are single segments: only those always state their content size.
 var encoder = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithWindowSize(chunker.MaxSize))
+	e, err := zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true), zstd.WithWindowSize(chunker.MaxSize))
 	if err != nil {
 		panic(err) // the options are constants
 	}
@@ -68,9 +69,9 @@ func Decode(dst, frame []byte, d index.Digest, c index.Chunk) ([]byte, error) {
 	corrupt := func(got, want string) ([]byte, error) {
 		return dst, &CorruptError{ID: c.ID, Got: got, Want: want}
 	}
-	out := slices.Grow(dst, c.Size)
 	start := len(dst)
-	out, err := decoder().DecodeAll(frame, out[start:start:start+c.Size])
+	grown := slices.Grow(dst, c.Size)[:start+c.Size]
+	out, err := decoder().DecodeAll(frame, grown[start:start:start+c.Size])
 	switch {
 	case errors.Is(err, zstd.ErrDecoderSizeExceeded):
 		return corrupt("more", fmt.Sprintf("%d bytes", c.Size))
@@ -82,7 +83,7 @@ func Decode(dst, frame []byte, d index.Digest, c index.Chunk) ([]byte, error) {
 	if id := d.Sum(out); id != c.ID {
 		return corrupt(d.String()+" "+hex.EncodeToString(id[:]), "that of its name")
 	}
-	return slices.Grow(dst, c.Size)[:start+c.Size], nil
+	return grown, nil
 }
 
 // checkSize refuses a chunk that no index may hold.

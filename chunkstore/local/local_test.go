@@ -42,10 +42,6 @@ func TestContract(t *testing.T) {
 	storetest.Run(t, func() chunkstore.Writer { return create(t, filepath.Join(t.TempDir(), "a", "b.castr")) })
 }
 
-func TestContractWithLimit(t *testing.T) {
-	storetest.Run(t, func() chunkstore.Writer { return create(t, t.TempDir(), WithLimit(1<<30)) })
-}
-
 // TestContractByDescriptor: a store whose directory has lost its path.
 func TestContractByDescriptor(t *testing.T) {
 	storetest.Run(t, func() chunkstore.Writer {
