@@ -133,7 +133,7 @@ func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error
 		if _, err := b.ReadFrom(t); err != nil {
 			return fmt.Errorf("%s: %w", name, err)
 		}
-		here[name] = append([]byte{}, b.Bytes()...)
+		here[name] = b.Bytes()
 	}
 	// The digest covers what follows the archive, too.
 	if _, err := io.Copy(io.Discard, r); err != nil {

@@ -53,15 +53,18 @@ func newSkeleton(src *tree.Tree, c *v1.Config) (*skeleton, error) {
 		return nil, fmt.Errorf("the source has a %s: it is converted already", bootimage.Dir)
 	}
 	s := &skeleton{src: src, files: map[string]file{}}
+	// Engines mount here, and refuse to where a symlink is.
+	for _, name := range []string{"/proc", "/sys", "/dev", "/etc"} {
+		f := file{mode: modeDir | 0o755}
+		if n := src.Lookup(name); n != nil && n.IsDir() {
+			f = fileOf(n)
+		}
+		s.add(name, f)
+	}
 	for v := range c.Volumes {
 		if at, n := src.Resolve(v); n != nil {
 			s.volumes = append(s.volumes, at)
 			s.follow(v)
-		}
-	}
-	for _, name := range []string{"/proc", "/sys", "/dev", "/etc"} {
-		if s.follow(name) == nil {
-			s.files[name] = file{mode: modeDir | 0o755}
 		}
 	}
 	// Mount points of volumes are mostly made at the top, and /bin or /lib
@@ -80,14 +83,14 @@ func newSkeleton(src *tree.Tree, c *v1.Config) (*skeleton, error) {
 	for _, name := range shippedFiles {
 		s.ship(name)
 	}
+	for _, name := range namedPaths(c) {
+		s.link(name)
+	}
 	for _, dir := range strings.Split(searchPath(c), ":") {
 		s.linkAll(dir)
-	}
-	for _, word := range namedPaths(c) {
-		s.link(word)
-	}
-	if len(s.files) > maxSkeleton {
-		return nil, fmt.Errorf("the boot image would need %d links and directories for the executables on PATH; at most %d are made", len(s.files), maxSkeleton)
+		if len(s.files) > maxSkeleton {
+			return nil, fmt.Errorf("PATH directory %.200q: the boot image would need more than %d files for its links", dir, maxSkeleton)
+		}
 	}
 	return s, nil
 }
@@ -215,6 +218,9 @@ func (s *skeleton) linkAll(dir string) {
 	}
 	s.follow(dir)
 	for _, name := range n.Names() {
+		if len(s.files) > maxSkeleton {
+			return
+		}
 		s.link(path.Join(at, name))
 	}
 }

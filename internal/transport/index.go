@@ -11,13 +11,20 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
-// AnnotationBoot names, in the index's descriptor of a data manifest, the boot
-// manifest whose packs it lists.
-const AnnotationBoot = "vnd.bootfs.boot.digest"
+// Annotations of a data manifest's descriptor in the index.
+const (
+	// AnnotationType holds the artifact type. The field for it is unknown to
+	// older tools, which would drop it when they copy the index.
+	AnnotationType = "vnd.bootfs.artifact.type"
+	// AnnotationBoot names the boot manifest whose packs are listed.
+	AnnotationBoot = "vnd.bootfs.boot.digest"
+)
 
 // ociIndex is the index of a converted image. It implements remote.Taggable
 // with a media type.
@@ -31,35 +38,38 @@ func (x *ociIndex) MediaType() (types.MediaType, error) { return types.OCIImageI
 
 // newIndex lists the boot manifests and, behind them, the data manifests:
 // engines that take the first manifest they can run find it first.
+//
+// Its JSON is laid out as image-spec's types are, and has the fields that they
+// always had: skopeo copy --all parses an index and writes it anew, and the
+// digest must survive that.
 func newIndex(images []PlatformImage) (*ociIndex, error) {
 	if len(images) == 0 {
 		return nil, errors.New("no image to commit")
 	}
-	m := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
-	var data []v1.Descriptor
+	m := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex}
+	m.SchemaVersion = 2
+	var data []ocispec.Descriptor
 	for _, img := range images {
-		var annotations map[string]string
+		var boot string
 		if img.Boot != nil {
 			d, err := partial.Descriptor(img.Boot)
 			if err != nil {
 				return nil, fmt.Errorf("boot image for %s: %w", img.Platform, err)
 			}
-			m.Manifests = append(m.Manifests, v1.Descriptor{
-				MediaType: d.MediaType, Size: d.Size, Digest: d.Digest, Platform: &img.Platform,
-			})
-			annotations = map[string]string{AnnotationBoot: d.Digest.String()}
+			m.Manifests = append(m.Manifests, ociDescriptor(d, img.Platform))
+			boot = d.Digest.String()
 		}
 		if img.Data != nil {
 			d, err := partial.Descriptor(img.Data)
 			if err != nil {
 				return nil, fmt.Errorf("data manifest for %s: %w", img.Platform, err)
 			}
-			data = append(data, v1.Descriptor{
-				MediaType: d.MediaType, Size: d.Size, Digest: d.Digest,
-				ArtifactType: registrystore.ArtifactTypeData,
-				Platform:     registrystore.DataPlatform(),
-				Annotations:  annotations,
-			})
+			o := ociDescriptor(d, *registrystore.DataPlatform())
+			o.Annotations = map[string]string{AnnotationType: registrystore.ArtifactTypeData}
+			if img.Boot != nil {
+				o.Annotations[AnnotationBoot] = boot
+			}
+			data = append(data, o)
 		}
 	}
 	m.Manifests = append(m.Manifests, data...)
@@ -72,6 +82,15 @@ func newIndex(images []PlatformImage) (*ociIndex, error) {
 		return nil, err
 	}
 	return &ociIndex{raw: raw, desc: v1.Descriptor{MediaType: types.OCIImageIndex, Size: n, Digest: h}}, nil
+}
+
+func ociDescriptor(d *v1.Descriptor, p v1.Platform) ocispec.Descriptor {
+	return ocispec.Descriptor{
+		MediaType: string(d.MediaType), Digest: digest.Digest(d.Digest.String()), Size: d.Size,
+		Platform: &ocispec.Platform{
+			Architecture: p.Architecture, OS: p.OS, OSVersion: p.OSVersion, OSFeatures: p.OSFeatures, Variant: p.Variant,
+		},
+	}
 }
 
 // blobWriter stores blobs under their digests, each whole or not at all. It is

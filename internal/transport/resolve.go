@@ -138,6 +138,8 @@ func (r *resolver) skip(m v1.Descriptor) string {
 	switch {
 	case m.Annotations["vnd.docker.reference.type"] != "":
 		return strings.TrimSuffix(m.Annotations["vnd.docker.reference.type"], "-manifest")
+	case m.Annotations[AnnotationType] != "":
+		return "artifact " + m.Annotations[AnnotationType]
 	case m.ArtifactType != "":
 		return "artifact " + m.ArtifactType
 	case !m.MediaType.IsImage() && !m.MediaType.IsIndex():
