@@ -6,7 +6,6 @@ import (
 	"bytes"
 	"errors"
 	"io"
-	"math"
 	"testing"
 	"time"
 )
@@ -20,7 +19,7 @@ func sameAsArchiveTar(t *testing.T, b []byte) {
 		h, err := ours.tar.next()
 		want, wantErr := theirs.Next()
 		if (err == nil) != (wantErr == nil) || (err == io.EOF) != (wantErr == io.EOF) {
-			if wantErr == nil && laterError(theirs, err) {
+			if wantErr == nil && laterError(theirs, want, err) {
 				return
 			}
 			t.Fatalf("entry %d: error %v, archive/tar has %v (%+v)", i, err, wantErr, want)
@@ -79,15 +78,30 @@ func sameAsArchiveTar(t *testing.T, b []byte) {
 // laterError reports whether archive/tar is going to refuse as well what the
 // scanner refuses at once: data that a sparse map counts on and that is not
 // there.
-func laterError(r *tar.Reader, err error) bool {
+func laterError(r *tar.Reader, h *tar.Header, err error) bool {
 	if errors.Is(err, errSize) || errors.Is(err, errPAX) {
 		return true // sizes and times at the edge of 64 bits
 	}
 	if !errors.Is(err, errSparse) {
 		return false
 	}
-	_, err = io.CopyN(io.Discard, r, math.MaxInt64)
-	return err != io.EOF
+	if h.Size > 8<<20 {
+		return true // archive/tar would write out the holes
+	}
+	_, err = io.Copy(io.Discard, r)
+	return err != nil
+}
+
+// mend gives every header in b the right checksum, so that a fuzzer gets past
+// the first check.
+func mend(b []byte) []byte {
+	b = bytes.Clone(b)
+	for at := 0; at+blockSize <= len(b); at += blockSize {
+		if h := b[at : at+blockSize]; string(h[257:262]) == "ustar" {
+			setChecksum(h)
+		}
+	}
+	return b
 }
 
 func FuzzTar(f *testing.F) {
@@ -99,6 +113,7 @@ func FuzzTar(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) < 1<<20 {
 			sameAsArchiveTar(t, b)
+			sameAsArchiveTar(t, mend(b))
 		}
 	})
 }
@@ -115,7 +130,7 @@ func FuzzMerge(f *testing.F) {
 	f.Fuzz(func(t *testing.T, a, b []byte) {
 		o := Options{TempDir: t.TempDir(), Limits: Limits{Entries: 1000, Metadata: 1 << 20, Bytes: 64 << 20}}
 		var layers []*Layer
-		for _, p := range [][]byte{a, b} {
+		for _, p := range [][]byte{mend(a), mend(b)} {
 			l, err := Read(t.Context(), blob("L", p), o)
 			if err != nil {
 				continue

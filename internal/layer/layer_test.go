@@ -471,14 +471,17 @@ func rawHeader(typ byte, name string, size int64, change func(b []byte)) []byte 
 	if change != nil {
 		change(b)
 	}
-	sum := 8 * int(' ')
-	for i, c := range b {
-		if i < 148 || i >= 156 {
-			sum += int(c)
-		}
-	}
-	copy(b[148:], fmt.Sprintf("%06o\x00 ", sum))
+	setChecksum(b)
 	return b
+}
+
+func setChecksum(header []byte) {
+	copy(header[148:], "        ")
+	sum := 0
+	for _, c := range header {
+		sum += int(c)
+	}
+	copy(header[148:], fmt.Sprintf("%06o\x00 ", sum))
 }
 
 func TestRawHeaders(t *testing.T) {
