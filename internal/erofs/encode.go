@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/tree"
 )
 
 var le = binary.LittleEndian
@@ -21,7 +23,7 @@ func (l *Layout) Encode(start []uint32, blocks uint32) []byte {
 	le.PutUint32(meta[sbMagic:], superMagic)
 	le.PutUint32(meta[sbCompat:], compatChecksum|compatMtime)
 	meta[sbBlkBits] = blkBits
-	le.PutUint16(meta[sbRootNID:], uint16(l.nid(0)))
+	le.PutUint16(meta[sbRootNID:], uint16(l.nodes[0].nid))
 	le.PutUint64(meta[sbInodes:], uint64(len(l.nodes)))
 	le.PutUint32(meta[sbBlocks:], blocks)
 	if l.sparse {
@@ -38,15 +40,16 @@ func (l *Layout) Encode(start []uint32, blocks uint32) []byte {
 	return meta
 }
 
-func (l *Layout) nid(i int) uint64 { return uint64(l.nodes[i].offset) / inodeSlot }
-
-// encodeInode writes inode i with what stands behind it and in its blocks.
+// encodeInode writes inode i with what stands behind it and in its blocks. The
+// field for the inode's own number stays zero: readers take the nid, and a
+// number in each would cost 3 of 19 bytes per inode once compressed.
 func (l *Layout) encodeInode(meta []byte, i int, start []uint32) {
 	n := &l.nodes[i]
-	b := meta[n.offset:]
+	size := l.size(n)
+	b := meta[int64(n.nid)*inodeSlot:]
 	le.PutUint16(b[inFormat:], n.layout<<1|formatExtended)
 	le.PutUint16(b[inMode:], uint16(n.inode.Mode))
-	le.PutUint64(b[inSize:], uint64(n.size))
+	le.PutUint64(b[inSize:], uint64(size))
 	le.PutUint32(b[inUID:], n.inode.UID)
 	le.PutUint32(b[inGID:], n.inode.GID)
 	le.PutUint64(b[inMtime:], uint64(n.inode.MtimeSec))
@@ -54,10 +57,10 @@ func (l *Layout) encodeInode(meta []byte, i int, start []uint32) {
 	le.PutUint32(b[inNlink:], n.links)
 
 	tail := b[inodeSize:]
-	if size := xattrSize(n.inode); size > 0 {
-		le.PutUint16(b[inXattrs:], uint16((size-xattrHeaderSize)/xattrAlign+1))
-		n.encodeXattrs(tail)
-		tail = tail[size:]
+	if xattrs := xattrSize(n.inode); xattrs > 0 {
+		le.PutUint16(b[inXattrs:], uint16((xattrs-xattrHeaderSize)/xattrAlign+1))
+		encodeXattrs(tail, n.inode)
+		tail = tail[xattrs:]
 	}
 	union := b[inUnion : inUnion+inUnionLen]
 	switch n.inode.Mode & unix.S_IFMT {
@@ -66,29 +69,29 @@ func (l *Layout) encodeInode(meta []byte, i int, start []uint32) {
 	case unix.S_IFREG:
 		switch {
 		case n.layout == layoutChunks:
-			le.PutUint32(union, uint32(chunkShift(n.size)))
-			n.encodeChunks(tail, start[i])
-		case n.size > 0:
+			le.PutUint32(union, uint32(chunkShift(size)))
+			encodeChunks(tail, n.inode, start[i])
+		case size > 0:
 			le.PutUint32(union, start[i])
 		}
 	case unix.S_IFLNK:
 		if n.layout == layoutPlain {
-			le.PutUint32(union, uint32(n.block))
-			tail = meta[n.block*BlockSize:]
+			le.PutUint32(union, n.block)
+			tail = meta[int64(n.block)*BlockSize:]
 		}
 		copy(tail, n.inode.Target)
 	case unix.S_IFDIR:
-		if n.layout == layoutPlain || n.size >= BlockSize {
-			le.PutUint32(union, uint32(n.block))
+		if n.layout == layoutPlain || size >= BlockSize {
+			le.PutUint32(union, n.block)
 		}
-		l.encodeDir(meta, i, tail)
+		l.encodeDir(meta, n, tail)
 	}
 }
 
-func (n *node) encodeXattrs(b []byte) {
+func encodeXattrs(b []byte, n *tree.Inode) {
 	le.PutUint32(b, 1<<32-1) // the name filter: not in use
 	b = b[xattrHeaderSize:]
-	for _, x := range n.inode.Xattrs {
+	for _, x := range n.Xattrs {
 		index, suffix, _ := splitXattr(x.Name)
 		b[0], b[1] = uint8(len(suffix)), index
 		le.PutUint16(b[2:], uint16(len(x.Value)))
@@ -98,16 +101,16 @@ func (n *node) encodeXattrs(b []byte) {
 	}
 }
 
-// encodeChunks writes the table of a sparse file whose blocks begin at block.
-func (n *node) encodeChunks(table []byte, block uint32) {
-	chunk := chunkSize(n.size)
-	for k := range chunks(n.size) {
+// encodeChunks writes the table of sparse file n, whose blocks begin at block.
+func encodeChunks(table []byte, n *tree.Inode, block uint32) {
+	chunk := chunkSize(n.Size)
+	for k := range chunks(n.Size) {
 		le.PutUint32(table[k*chunkEntrySize:], holeBlock)
 	}
-	for _, s := range Segments(n.inode) {
+	for _, s := range Segments(n) {
 		for off := s.Offset; off < s.Offset+s.Size; off += chunk {
 			le.PutUint32(table[off/chunk*chunkEntrySize:], block)
-			block += uint32(alignUp(min(chunk, n.size-off), BlockSize) / BlockSize)
+			block += uint32(alignUp(min(chunk, n.Size-off), BlockSize) / BlockSize)
 		}
 	}
 }
@@ -121,27 +124,27 @@ func chunkShift(size int64) int {
 	return shift
 }
 
-// encodeDir writes the entries of directory i: whole blocks to its blocks, and
+// encodeDir writes the entries of directory n: whole blocks to its blocks, and
 // the last part to tail if it is inline.
-func (l *Layout) encodeDir(meta []byte, i int, tail []byte) {
-	n := &l.nodes[i]
-	rest := n.dir
-	for k := int64(0); len(rest) > 0; k++ {
+func (l *Layout) encodeDir(meta []byte, n *node, tail []byte) {
+	rest := l.entries(n)
+	for block := int64(n.block); len(rest) > 0; block++ {
 		count, used := 0, 0
 		for count < len(rest) && used+direntSize+len(rest[count].name) <= BlockSize {
 			used += direntSize + len(rest[count].name)
 			count++
 		}
 		b := tail
-		if n.layout == layoutPlain || (k+1)*BlockSize <= n.size {
-			b = meta[(n.block+k)*BlockSize:]
+		if n.layout == layoutPlain || count < len(rest) {
+			b = meta[block*BlockSize:]
 		}
 		nameOff := count * direntSize
 		for j, e := range rest[:count] {
+			to := &l.nodes[e.node]
 			de := b[j*direntSize:]
-			le.PutUint64(de[deNID:], l.nid(int(e.node)))
+			le.PutUint64(de[deNID:], uint64(to.nid))
 			le.PutUint16(de[deNameOff:], uint16(nameOff))
-			de[deType] = direntType(l.nodes[e.node].inode.Mode)
+			de[deType] = direntType(to.inode.Mode)
 			copy(b[nameOff:], e.name)
 			nameOff += len(e.name)
 		}

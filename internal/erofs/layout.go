@@ -18,7 +18,8 @@ import (
 // names, behind the directory's own; then come those of each subdirectory. A
 // directory thus always points forward to its subdirectories.
 type Layout struct {
-	nodes    []node // in order of place, the root first
+	nodes    []node   // in order of place, the root first
+	dirents  []dirent // of all directories, one directory after the other
 	metaSize int64
 	classes  uint8 // bit i: xattrClasses[i] occurs
 	sparse   bool  // a chunk table occurs
@@ -26,15 +27,14 @@ type Layout struct {
 
 // node is one inode in its place.
 type node struct {
-	inode  *tree.Inode
-	name   string   // of the first entry that leads here; "" for the root
-	parent int32    // node of that entry's directory; the root is its own
-	links  uint32   // entries that lead here; 2 + subdirectories for a directory
-	offset int64    // of the inode in the front region, bytes
-	dir    []dirent // of a directory: its entries with . and .., sorted by name
-	size   int64    // of the directory, symlink or regular file, bytes
-	block  int64    // first block of a directory or symlink that is not all inline
-	layout uint16
+	inode       *tree.Inode
+	name        string // of the first entry that leads here; "" for the root
+	parent      int32  // node of that entry's directory; the root is its own
+	links       uint32 // entries that lead here; 2 + subdirectories for a directory
+	first, last int32  // of a directory: its entries are dirents[first:last]
+	nid         uint32
+	block       uint32 // first block of a directory or symlink that is not all inline
+	layout      uint16
 }
 
 // dirent is one entry of a directory.
@@ -73,18 +73,19 @@ func (l *Layout) collect(root *tree.Inode) error {
 		d := dirs[len(dirs)-1]
 		dirs = dirs[:len(dirs)-1]
 		entries := l.nodes[d].inode.Entries
-		dir := make([]dirent, 0, len(entries)+2)
-		dir = append(dir, dirent{".", d}, dirent{"..", l.nodes[d].parent})
+		start := len(l.dirents)
+		l.dirents = append(l.dirents, dirent{".", d}, dirent{"..", l.nodes[d].parent})
 		for name := range entries {
 			if err := checkName(name); err != nil {
 				return fmt.Errorf("%q: %w", l.Path(int(d)), err)
 			}
-			dir = append(dir, dirent{name: name})
+			l.dirents = append(l.dirents, dirent{name: name})
 		}
+		dir := l.dirents[start:]
 		slices.SortFunc(dir, func(a, b dirent) int { return strings.Compare(a.name, b.name) })
-		l.nodes[d].dir = dir
+		l.nodes[d].first, l.nodes[d].last = int32(start), int32(len(l.dirents))
 
-		first := len(dirs)
+		pending := len(dirs)
 		for k := range dir {
 			name := dir[k].name
 			if name == "." || name == ".." {
@@ -117,7 +118,7 @@ func (l *Layout) collect(root *tree.Inode) error {
 				return err
 			}
 		}
-		slices.Reverse(dirs[first:]) // the first in the order of names is the next
+		slices.Reverse(dirs[pending:]) // the first in the order of names is the next
 	}
 	return nil
 }
@@ -208,6 +209,22 @@ func xattrSize(n *tree.Inode) int64 {
 	return size
 }
 
+// entries returns the entries of directory n.
+func (l *Layout) entries(n *node) []dirent { return l.dirents[n.first:n.last] }
+
+// size is the size of n in bytes, as its inode has it.
+func (l *Layout) size(n *node) int64 {
+	switch n.inode.Mode & unix.S_IFMT {
+	case unix.S_IFREG:
+		return n.inode.Size
+	case unix.S_IFLNK:
+		return int64(len(n.inode.Target))
+	case unix.S_IFDIR:
+		return dirSize(l.entries(n))
+	}
+	return 0
+}
+
 // dirSize is the size of a directory with these entries: they and their names
 // are packed block by block, and only the last is cut where it ends.
 func dirSize(dir []dirent) int64 {
@@ -230,22 +247,18 @@ func (l *Layout) place() error {
 	for i := range l.nodes {
 		n := &l.nodes[i]
 		head := inodeSize + xattrSize(n.inode)
+		size := l.size(n)
 		var tail, table int64 // bytes behind the head; a tail shares the inode's block
 		switch n.inode.Mode & unix.S_IFMT {
 		case unix.S_IFREG:
-			n.size = n.inode.Size
 			if sparse(n.inode) {
 				n.layout = layoutChunks
-				table = chunks(n.size) * chunkEntrySize
+				table = chunks(size) * chunkEntrySize
 			}
 		case unix.S_IFDIR, unix.S_IFLNK:
-			n.size = int64(len(n.inode.Target))
-			if n.dir != nil {
-				n.size = dirSize(n.dir)
-			}
-			n.block = blocks
-			blocks += n.size / BlockSize
-			tail = n.size % BlockSize
+			n.block = uint32(blocks)
+			blocks += size / BlockSize
+			tail = size % BlockSize
 			switch {
 			case tail == 0:
 			case head+tail <= BlockSize:
@@ -264,7 +277,7 @@ func (l *Layout) place() error {
 		if pos%BlockSize+whole > BlockSize {
 			pos = alignUp(pos, BlockSize)
 		}
-		n.offset = pos
+		n.nid = uint32(pos / inodeSlot)
 		pos += head + tail + table
 		if pos+blocks*BlockSize > MaxMetaSize {
 			return fmt.Errorf("%q: metadata of the root image exceeds %d bytes", l.Path(i), MaxMetaSize)
@@ -272,7 +285,7 @@ func (l *Layout) place() error {
 	}
 	first := alignUp(pos, BlockSize) / BlockSize
 	for i := range l.nodes {
-		l.nodes[i].block += first
+		l.nodes[i].block += uint32(first)
 	}
 	l.metaSize = (first + blocks) * BlockSize
 	return nil
