@@ -39,6 +39,9 @@ func parseLayoutIndex(raw []byte) (*layoutIndex, error) {
 	if err := json.Unmarshal(raw, &x.fields); err != nil {
 		return nil, fmt.Errorf("%s: %w", indexFile, err)
 	}
+	if x.fields == nil {
+		return nil, fmt.Errorf("%s: it is no JSON object", indexFile)
+	}
 	if m, ok := x.fields["manifests"]; ok {
 		if err := json.Unmarshal(m, &x.manifests); err != nil {
 			return nil, fmt.Errorf("%s: manifests: %w", indexFile, err)

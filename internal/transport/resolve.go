@@ -140,7 +140,7 @@ func (r *resolver) skip(m v1.Descriptor) string {
 		return strings.TrimSuffix(m.Annotations["vnd.docker.reference.type"], "-manifest")
 	case m.Annotations[AnnotationType] != "":
 		return "artifact " + m.Annotations[AnnotationType]
-	case m.ArtifactType != "":
+	case m.ArtifactType != "" && !types.MediaType(m.ArtifactType).IsConfig():
 		return "artifact " + m.ArtifactType
 	case !m.MediaType.IsImage() && !m.MediaType.IsIndex():
 		return fmt.Sprintf("media type %q", m.MediaType)

@@ -26,6 +26,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
@@ -82,9 +83,12 @@ func testImage(t testing.TB, arch string, ls ...testLayer) v1.Image {
 	config.Config.Env = []string{"PATH=/bin"}
 	img = must(mutate.ConfigFile(img, config))(t)
 	for _, l := range ls {
-		layer := must(tarball.LayerFromOpener(func() (io.ReadCloser, error) {
-			return io.NopCloser(bytes.NewReader(l.plain)), nil
-		}, tarball.WithCompression(l.compression), tarball.WithMediaType(l.mediaType)))(t)
+		layer := static.NewLayer(l.plain, l.mediaType)
+		if l.compression != compression.None {
+			layer = must(tarball.LayerFromOpener(func() (io.ReadCloser, error) {
+				return io.NopCloser(bytes.NewReader(l.plain)), nil
+			}, tarball.WithCompression(l.compression), tarball.WithMediaType(l.mediaType)))(t)
+		}
 		img = must(mutate.AppendLayers(img, layer))(t)
 	}
 	return img
