@@ -34,7 +34,13 @@ source, profile and version of the layout give these very chunks.`,
 	return cmd
 }
 
-// checked is the result of check for one platform.
+// checks is the result of check.
+type checks struct {
+	Same      bool      `json:"same"`
+	Platforms []checked `json:"platforms"`
+}
+
+// checked is the result for one platform.
 type checked struct {
 	Platform    string   `json:"platform"`
 	Files       int      `json:"files"`
@@ -69,8 +75,7 @@ func runCheck(ctx context.Context, f *readFlags, source, image string) error {
 		return &convert.Error{Part: convert.Source, Err: err}
 	}
 	defer src.Close()
-	var all []checked
-	different := false
+	all := checks{Same: true}
 	for _, img := range dst.Images {
 		from, err := onePlatform(samePlatform(src.Images(), img.Platform), func(i transport.Image) v1.Platform { return i.Platform }, true)
 		if err != nil {
@@ -80,15 +85,15 @@ func runCheck(ctx context.Context, f *readFlags, source, image string) error {
 		if err != nil {
 			return err
 		}
-		different = different || len(c.Differences) > 0
-		all = append(all, *c)
+		all.Same = all.Same && len(c.Differences) == 0
+		all.Platforms = append(all.Platforms, *c)
 	}
 	if f.json {
 		err = f.writeJSON(all)
 	} else {
-		err = f.printChecked(all)
+		err = f.printChecked(all.Platforms)
 	}
-	if err == nil && different {
+	if err == nil && !all.Same {
 		err = errDifferent
 	}
 	return err

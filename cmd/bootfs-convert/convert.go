@@ -78,7 +78,7 @@ func (f *convertFlags) printReport(r *convert.Report) error {
 		}
 		fmt.Fprintf(&b, ", %s of it new; engines pull %s\n", scratch.Bytes(p.NewBytes), scratch.Bytes(p.BootBytes))
 	}
-	fmt.Fprintf(&b, "%s@%s in %.1f s\n", r.Destination, r.Digest, r.Seconds)
+	fmt.Fprintf(&b, "%s is %s, made in %.1f s\n", r.Destination, r.Digest, r.Seconds)
 	_, err := fmt.Fprint(f.stdout, b.String())
 	return err
 }

@@ -62,8 +62,16 @@ func newInspect(c *common) *cobra.Command {
 	return cmd
 }
 
-// inspection is what inspect shows of one platform.
+// inspection is what inspect shows.
 type inspection struct {
+	Image       string     `json:"image"`
+	StoredBytes int64      `json:"storedBytes"` // of all platforms; 0 for loose stores, where it is not known
+	BootBytes   int64      `json:"bootBytes"`   // of all platforms; an engine pulls one
+	Platforms   []platform `json:"platforms"`
+}
+
+// platform is what inspect shows of one platform.
+type platform struct {
 	Platform     string   `json:"platform"`
 	Digest       string   `json:"digest"` // of the boot image
 	Profile      string   `json:"profile"`
@@ -80,7 +88,7 @@ type inspection struct {
 	Chunks       int      `json:"chunks"`
 	Distinct     int      `json:"distinctChunks"`
 	Packs        []pack   `json:"packs,omitempty"`
-	StoredBytes  int64    `json:"storedBytes,omitempty"` // of the distinct chunks; 0 in loose stores, where it is not known
+	StoredBytes  int64    `json:"storedBytes"` // of the distinct chunks; 0 for loose stores
 	StartChunks  int      `json:"startChunks"`
 	StartBytes   int64    `json:"startBytes"` // stored
 	Stores       []string `json:"stores"`
@@ -102,29 +110,31 @@ func runInspect(ctx context.Context, f *readFlags, image string) error {
 		return err
 	}
 	defer o.Close()
-	var all []inspection
+	all := inspection{Image: image}
 	for _, img := range o.Images {
-		i, err := inspect(img)
+		p, err := inspect(img)
 		if err != nil {
-			return &convert.Error{Part: convert.Source, Err: fmt.Errorf("%s: %w", img.Platform, err)}
+			return &convert.Error{Part: convert.Source, Err: fmt.Errorf("%s: %s: %w", image, img.Platform, err)}
 		}
-		all = append(all, *i)
+		all.Platforms = append(all.Platforms, *p)
+		all.StoredBytes += p.StoredBytes
+		all.BootBytes += p.BootBytes
 	}
 	if f.json {
 		return f.writeJSON(all)
 	}
 	w := tabwriter.NewWriter(f.stdout, 0, 0, 2, ' ', 0)
-	for n, i := range all {
+	for n, p := range all.Platforms {
 		if n > 0 {
 			fmt.Fprintln(w)
 		}
-		i.print(w)
+		p.print(w)
 	}
 	return w.Flush()
 }
 
-func inspect(img *converted.Image) (*inspection, error) {
-	i := &inspection{
+func inspect(img *converted.Image) (*platform, error) {
+	i := &platform{
 		Platform: img.Platform.String(), Digest: img.Digest, Profile: img.Config.Profile,
 		Source: img.Config.Source.Name, SourceDigest: img.Config.Source.Digest,
 		IndexDigest: img.Config.IndexDigest, RootBytes: img.Index.Size(), MetaBytes: int64(len(img.Meta)),
@@ -198,8 +208,8 @@ func inspect(img *converted.Image) (*inspection, error) {
 	return i, nil
 }
 
-// print writes the inspection as lines of name and value, separated by a tab.
-func (i *inspection) print(w *tabwriter.Writer) {
+// print writes it as lines of name and value, separated by a tab.
+func (i *platform) print(w *tabwriter.Writer) {
 	row := func(name, format string, a ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, a...)) }
 	bytes := scratch.Bytes
 	row("platform", "%s", i.Platform)

@@ -56,6 +56,7 @@ func chunkImage(ctx context.Context, plan *rootimage.Plan, start []span, s sink,
 	out := &chunked{}
 	r := &out.report
 	var distinct []registrystore.Location // by frame number
+	unstored := make(map[index.ID]bool)   // chunks of zeros, by size
 	add := func(c *chunk, stored []byte, start bool) (int, error) {
 		at, err := s.add(c.ID, stored, start)
 		if err != nil {
@@ -102,6 +103,10 @@ func chunkImage(ctx context.Context, plan *rootimage.Plan, start []span, s sink,
 		r.Chunks++
 		if c.Zero {
 			r.ZeroChunks++
+		}
+		if c.frame == nil && !unstored[c.ID] {
+			unstored[c.ID] = true
+			r.Distinct++
 		}
 		at := registrystore.Location{}
 		if number >= 0 {

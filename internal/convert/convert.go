@@ -44,16 +44,18 @@ func in(part Part, err error) error {
 // Phase is a stretch of a conversion that progress is told of.
 type Phase string
 
-// The phases of one platform, in their order.
+// The phases of a conversion. Those of platforms follow one another, and
+// uploading goes on beside them.
 const (
-	PhaseLayers Phase = "layers" // stored bytes of the source's layers
-	PhaseChunks Phase = "chunks" // plain bytes of the root image
-	PhaseImage  Phase = "image"  // bytes that go to the destination
+	PhaseSource Phase = "source" // bytes of a source that is spooled before it is read
+	PhaseLayers Phase = "layers" // stored bytes of a platform's layers
+	PhaseChunks Phase = "chunks" // plain bytes of a platform's root image
+	PhaseUpload Phase = "upload" // bytes that go to the destination and the store
 )
 
 // Event is a step of progress.
 type Event struct {
-	Platform string
+	Platform string // "" in phases that are not of one
 	Phase    Phase
 	Done     int64 // bytes
 	Total    int64 // bytes; 0 when it is not known
@@ -68,6 +70,7 @@ type Report struct {
 	Store       string           `json:"store"`  // where the chunks are; "" beside the image in a layout
 	Platforms   []PlatformReport `json:"platforms"`
 	Skipped     []string         `json:"skipped,omitempty"` // what else the source holds, and why it was left
+	TempBytes   int64            `json:"tempBytes"`         // estimate of the temporary space that was asked for
 	Seconds     float64          `json:"seconds"`
 }
 
@@ -90,7 +93,6 @@ type PlatformReport struct {
 	StartBytes   int64  `json:"startBytes"` // stored bytes of the start set
 	BootDigest   string `json:"bootDigest"` // manifest of the boot image
 	BootBytes    int64  `json:"bootBytes"`  // what an engine pulls, compressed
-	TempBytes    int64  `json:"tempBytes"`  // estimate of the temporary space that was asked for
 
 	LayerSeconds float64 `json:"layerSeconds"`
 	MergeSeconds float64 `json:"mergeSeconds"`

@@ -45,7 +45,7 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 		if err != nil {
 			return nil, err
 		}
-		if p.packs, err = transport.OpenDestination(ctx, ref, c.transport()); err != nil {
+		if p.packs, err = transport.OpenDestination(ctx, ref, c.transport(c.upload)); err != nil {
 			return nil, err
 		}
 		p.address, p.own = p.packs.StoreAddress(), true
@@ -146,7 +146,7 @@ func (p *chunkPlace) commit(ctx context.Context, images []transport.PlatformImag
 	if err != nil {
 		return err
 	}
-	d, err := transport.OpenDestination(ctx, ref, p.c.transport())
+	d, err := transport.OpenDestination(ctx, ref, p.c.transport(p.c.upload))
 	if err != nil {
 		return err
 	}

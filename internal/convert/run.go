@@ -78,14 +78,17 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 
 // conversion is one Run.
 type conversion struct {
-	o    Options
-	dest transport.Destination
-	to   *chunkPlace
+	o      Options
+	dest   transport.Destination
+	to     *chunkPlace
+	upload *meter
 }
 
-func (c *conversion) transport() transport.Options {
+// transport returns the options for a source or destination whose bytes m
+// counts.
+func (c *conversion) transport(m *meter) transport.Options {
 	t := c.o.Transport
-	t.Platforms, t.TempDir, t.Progress = c.o.Platforms, c.o.TempDir, nil
+	t.Platforms, t.TempDir, t.Progress = c.o.Platforms, c.o.TempDir, m.add
 	return t
 }
 
@@ -94,28 +97,37 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	if o.Store == "" && !o.Destination.HoldsPacks() {
 		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: a directory or registry://HOST/REPOSITORY", o.Destination)}
 	}
-	src, err := transport.Open(ctx, o.Source, c.transport())
+	spooled := c.meter("", PhaseSource, 0)
+	src, err := transport.Open(ctx, o.Source, c.transport(spooled))
 	if err != nil {
 		return nil, in(Source, err)
 	}
 	defer src.Close()
-	images, err := choose(src.Images(), o)
+	spooled.end()
+	report := &Report{Source: o.Source.String(), Destination: o.Destination.String()}
+	for _, s := range src.Skipped() {
+		report.Skipped = append(report.Skipped, fmt.Sprintf("%s (%s)", s.Digest, s.Reason))
+	}
+	images, err := c.choose(src.Images(), report)
 	if err != nil {
 		return nil, err
 	}
-	space := int64(0)
+	for _, s := range report.Skipped {
+		o.Log.Info("left out: " + s)
+	}
 	for _, img := range images {
-		space = max(space, LayerSpace(img.Layers))
+		report.TempBytes = max(report.TempBytes, LayerSpace(img.layers()))
 	}
 	if !isLoose(o.Store) {
-		space += registrystore.PackSpace
+		report.TempBytes += registrystore.PackSpace
 	}
-	o.Log.Info("temporary space", "directory", o.TempDir, "needed", scratch.Bytes(space))
-	if err := scratch.Check(o.TempDir, space); err != nil {
+	o.Log.Info(fmt.Sprintf("temporary files: up to %s in %s", scratch.Bytes(report.TempBytes), o.TempDir))
+	if err := scratch.Check(o.TempDir, report.TempBytes); err != nil {
 		return nil, err
 	}
 
-	c.dest, err = transport.OpenDestination(ctx, o.Destination, c.transport())
+	c.upload = c.meter("", PhaseUpload, 0)
+	c.dest, err = transport.OpenDestination(ctx, o.Destination, c.transport(c.upload))
 	if err != nil {
 		return nil, in(Destination, err)
 	}
@@ -124,12 +136,8 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 		return nil, in(Destination, err)
 	}
 	defer c.to.close()
+	report.Store = c.to.address
 
-	report := &Report{Source: o.Source.String(), Destination: o.Destination.String(), Store: c.to.address}
-	for _, s := range src.Skipped() {
-		report.Skipped = append(report.Skipped, fmt.Sprintf("%s (%s)", s.Digest, s.Reason))
-		o.Log.Info("left out", "manifest", s.Digest, "reason", s.Reason)
-	}
 	var out []transport.PlatformImage
 	for _, img := range images {
 		p, r, err := c.platform(ctx, img)
@@ -139,7 +147,6 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 			}
 			return nil, err
 		}
-		r.TempBytes = space
 		out = append(out, p)
 		report.Platforms = append(report.Platforms, *r)
 	}
@@ -150,40 +157,67 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	if report.Digest, err = c.dest.Commit(ctx, out); err != nil {
 		return nil, in(Destination, err)
 	}
+	c.upload.end()
 	return report, nil
 }
 
-// choose narrows images to what the destination can hold.
-func choose(images []transport.Image, o Options) ([]transport.Image, error) {
+// input is an image that is to be converted, and the boot binary for it.
+type input struct {
+	transport.Image
+	boot []byte
+}
+
+func (i input) layers() []layer.Blob { return i.Image.Layers }
+
+// choose narrows images to what the destination can hold and boot can start.
+// What it leaves out without having been told to goes to the report.
+func (c *conversion) choose(images []transport.Image, report *Report) ([]input, error) {
+	o := c.o
 	for _, img := range images {
 		if _, ok := img.Config.Config.Volumes[bootimage.WritablePath]; ok {
 			return nil, in(Source, fmt.Errorf("%s: it is a converted image already", o.Source))
 		}
 	}
-	if len(images) == 1 || o.Destination.HoldsPacks() {
-		return images, nil
-	}
-	var have []string
-	for _, img := range images {
-		if len(o.Platforms) == 0 && img.Platform.Architecture == runtime.GOARCH {
-			return []transport.Image{img}, nil
+	if len(images) > 1 && !o.Destination.HoldsPacks() {
+		var have []string
+		var own []transport.Image
+		for _, img := range images {
+			if len(o.Platforms) == 0 && img.Platform.Architecture == runtime.GOARCH {
+				own = append(own, img)
+			}
+			have = append(have, img.Platform.String())
 		}
-		have = append(have, img.Platform.String())
+		if images = own; len(images) != 1 {
+			return nil, &Error{Usage, fmt.Errorf("%s holds one platform, the source has %s: choose one with --platform", o.Destination, strings.Join(have, ", "))}
+		}
 	}
-	return nil, &Error{Usage, fmt.Errorf("%s holds one platform, the source has %s: choose one with --platform", o.Destination, strings.Join(have, ", "))}
+	var out []input
+	var missing error
+	for _, img := range images {
+		boot, err := o.Boot(img.Platform)
+		switch {
+		case err == nil:
+			out = append(out, input{img, boot})
+		case len(o.Platforms) > 0 || len(images) == 1:
+			return nil, err
+		default:
+			missing = err
+			report.Skipped = append(report.Skipped, fmt.Sprintf("%s (%s: %v)", img.Digest, img.Platform, err))
+		}
+	}
+	if len(out) == 0 {
+		return nil, missing
+	}
+	return out, nil
 }
 
 // platform converts one image, all but its manifests.
-func (c *conversion) platform(ctx context.Context, img transport.Image) (transport.PlatformImage, *PlatformReport, error) {
+func (c *conversion) platform(ctx context.Context, img input) (transport.PlatformImage, *PlatformReport, error) {
 	fail := func(err error) (transport.PlatformImage, *PlatformReport, error) {
 		return transport.PlatformImage{}, nil, err
 	}
-	boot, err := c.o.Boot(img.Platform)
-	if err != nil {
-		return fail(err)
-	}
 	clock := newClock()
-	root, closeLayers, read, err := c.readTree(ctx, img)
+	root, closeLayers, read, err := c.readTree(ctx, img.Image)
 	if err != nil {
 		return fail(err)
 	}
@@ -206,7 +240,7 @@ func (c *conversion) platform(ctx context.Context, img transport.Image) (transpo
 	}
 	mergeSeconds := clock.lap()
 
-	progress := c.meter(img.Platform, PhaseChunks, plan.Size())
+	progress := c.meter(img.Platform.String(), PhaseChunks, plan.Size())
 	ch, list, err := c.to.chunks(ctx, plan, start, progress.add)
 	if err != nil {
 		return fail(err)
@@ -242,9 +276,9 @@ func (c *conversion) platform(ctx context.Context, img transport.Image) (transpo
 		stores = []string{c.to.address}
 	}
 	out.Boot, err = assembly.BootImage(assembly.Input{
-		Source: img,
+		Source: img.Image,
 		Tree:   root,
-		Boot:   boot,
+		Boot:   img.boot,
 		Config: bootimage.Config{
 			Version:      bootimage.Version,
 			Profile:      Profile,
@@ -291,7 +325,7 @@ func (c *conversion) readTree(ctx context.Context, img transport.Image) (root *t
 	for _, b := range img.Layers {
 		total += max(0, b.Size)
 	}
-	progress := c.meter(img.Platform, PhaseLayers, total)
+	progress := c.meter(img.Platform.String(), PhaseLayers, total)
 	layers, closeLayers, err := ReadLayers(ctx, img.Layers, c.o.TempDir, progress.add)
 	if err != nil {
 		return nil, nil, 0, err
@@ -366,9 +400,13 @@ type meter struct {
 	done  atomic.Int64
 }
 
-func (c *conversion) meter(p v1.Platform, phase Phase, total int64) *meter {
-	m := &meter{send: c.o.Progress, event: Event{Platform: p.String(), Phase: phase, Total: total}}
-	m.send(m.event)
+// meter starts a phase. One whose length is not known may turn out not to
+// happen, and is told of with its first byte.
+func (c *conversion) meter(platform string, phase Phase, total int64) *meter {
+	m := &meter{send: c.o.Progress, event: Event{Platform: platform, Phase: phase, Total: total}}
+	if total > 0 {
+		m.send(m.event)
+	}
 	return m
 }
 
@@ -380,8 +418,9 @@ func (m *meter) add(n int64) {
 
 func (m *meter) end() {
 	e := m.event
-	e.Done, e.End = m.done.Load(), true
-	m.send(e)
+	if e.Done, e.End = m.done.Load(), true; e.Done > 0 {
+		m.send(e)
+	}
 }
 
 // clock measures laps in seconds.
