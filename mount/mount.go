@@ -45,8 +45,10 @@ const (
 	maxBackground = 64
 
 	// closeWait bounds how long Close waits for the server to end. Aborting the
-	// connection ends every read, so this is for what is not foreseen.
+	// connection ends every read, but one that just begins may miss it and is
+	// ended after missWait.
 	closeWait = 5 * time.Second
+	missWait  = 100 * time.Millisecond
 )
 
 // Image is the root image to be served.
@@ -211,7 +213,6 @@ func (s *Server) Close() error {
 }
 
 func (s *Server) close() error {
-	s.stop()
 	err := s.unmount()
 	if err != nil {
 		if abortErr := abort(s.dev); abortErr != nil {
@@ -221,8 +222,14 @@ func (s *Server) close() error {
 		}
 	}
 	select {
+	case <-s.done: // whoever unmounted it
+		return nil
+	case <-time.After(missWait):
+	}
+	s.stop()
+	select {
 	case <-s.done:
-		return nil // whoever unmounted it
+		return nil
 	case <-time.After(closeWait):
 		return errors.Join(fmt.Errorf("close the mount on %s: still serving after %v", s.dir, closeWait), err)
 	}

@@ -886,6 +886,9 @@ func TestClose(t *testing.T) {
 			if took := time.Since(start); took > time.Second {
 				t.Errorf("closing took %v", took)
 			}
+			if log := s.log.String(); log != "" {
+				t.Errorf("the server has something to say: %s", log)
+			}
 			if test.name != "covered" && mountInfo(t, s.dir) != "" {
 				t.Errorf("still mounted: %s", mountInfo(t, s.dir))
 			}
