@@ -71,10 +71,24 @@ func (l Limits) withDefaults() Limits {
 // bytes of its files.
 type Layer struct {
 	name    string
-	entries []entry
+	entries [][]entry // in pieces of entriesPiece, which Merge gives up one by one
+	count   int       // of all entries
 	limits  Limits
 	spool   *os.File // nil when the files lie in Blob.Plain
 	merged  bool
+}
+
+// entriesPiece is how many entries are allocated together. One slice for all
+// would need its memory more than twice whenever it grows.
+const entriesPiece = 1024
+
+func (l *Layer) add(e entry) {
+	if l.count%entriesPiece == 0 {
+		l.entries = append(l.entries, make([]entry, 0, min(entriesPiece, 16+l.count)))
+	}
+	last := &l.entries[len(l.entries)-1]
+	*last = append(*last, e)
+	l.count++
 }
 
 // Close gives up the bytes of the layer's files, and with them those of the
@@ -178,7 +192,7 @@ func (l *lister) list() error {
 		if h.typ == typeGlobal {
 			continue
 		}
-		if len(l.layer.entries) >= l.layer.limits.Entries {
+		if l.layer.count >= l.layer.limits.Entries {
 			return fmt.Errorf("has more than %d entries: refused", l.layer.limits.Entries)
 		}
 		e, err := l.entry(h)
@@ -186,7 +200,7 @@ func (l *lister) list() error {
 			return fmt.Errorf("%.300q: %w", h.name, noEOF(err))
 		}
 		if e.kind != skipped {
-			l.layer.entries = append(l.layer.entries, e)
+			l.layer.add(e)
 		}
 	}
 	if l.spool != nil {

@@ -385,6 +385,8 @@ func TestHostile(t *testing.T) {
 			"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "100"}))}, "sparse map"},
 		{"sparse without data", []item{reg("f", "1\n0\n100\n"+strings.Repeat("\x00", 512-8)+"x").with(pax(map[string]string{
 			"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "100"}))}, "sparse map"},
+		{"sparse with data to spare", []item{reg("f", "1\n0\n1\n"+strings.Repeat("\x00", 512-6)+"xx").with(pax(map[string]string{
+			"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "100"}))}, "1 bytes of the data have no place"},
 		{"sparse backwards", []item{reg("f", "2\n5\n1\n4\n1\n"+strings.Repeat("\x00", 512-10)+"xx").with(pax(map[string]string{
 			"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "100"}))}, "sparse map"},
 		{"sparse map without end", []item{reg("f", "9999999\n"+strings.Repeat("1\n", 1<<20)).with(pax(map[string]string{

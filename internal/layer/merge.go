@@ -29,12 +29,13 @@ func Merge(layers []*Layer) (*tree.Tree, error) {
 		l.merged = true
 		d := diff{lower: t.Root, root: newDir(), notes: map[*tree.Inode]*note{}, left: l.limits.Entries}
 		d.notes[d.root] = &note{implied: true}
-		for i := range l.entries {
-			e := &l.entries[i]
-			if err := d.apply(e); err != nil {
-				return nil, fmt.Errorf("layer %s: %.300q: %w", l.name, e.path(), err)
+		for i, piece := range l.entries {
+			for j := range piece {
+				if err := d.apply(&piece[j]); err != nil {
+					return nil, fmt.Errorf("layer %s: %.300q: %w", l.name, piece[j].path(), err)
+				}
 			}
-			*e = entry{} // so that memory is needed once
+			l.entries[i] = nil
 		}
 		l.entries = nil
 		d.overlay()

@@ -36,8 +36,8 @@ func (s *scanner) sparse(h *header, px *pax) error {
 	default:
 		return errSparse
 	}
-	// Inside the file, in order, not overlapping, and not more than the data
-	// that follows.
+	// Inside the file, in order, not overlapping, and all of the data that
+	// follows.
 	var end int64
 	left := s.data
 	for _, e := range h.sparse {
@@ -49,6 +49,9 @@ func (s *scanner) sparse(h *header, px *pax) error {
 	}
 	if h.size < 0 {
 		return errSize
+	}
+	if left > 0 {
+		return fmt.Errorf("%w: %d bytes of the data have no place in the file", errSparse, left)
 	}
 	return nil
 }

@@ -368,6 +368,7 @@ func (n *number) parseOctal(b []byte) int64 {
 // record, as for archive/tar.
 type pax struct {
 	path, link, size, uid, gid, mtime string
+	atime, ctime                      string // checked, not kept
 	xattrs                            []tree.Xattr
 
 	// GNU's sparse formats.
@@ -418,6 +419,10 @@ func parsePAX(b []byte) (pax, error) {
 			px.gid = value
 		case "mtime":
 			px.mtime = value
+		case "atime":
+			px.atime = value
+		case "ctime":
+			px.ctime = value
 		case "GNU.sparse.major":
 			px.major = value
 		case "GNU.sparse.minor":
@@ -485,6 +490,14 @@ func (px *pax) apply(h *header) error {
 	if px.mtime != "" {
 		var ok bool
 		if h.mtimeSec, h.mtimeNsec, ok = parseTime(px.mtime); !ok {
+			return errPAX
+		}
+	}
+	for _, other := range []string{px.atime, px.ctime} {
+		if other == "" {
+			continue
+		}
+		if _, _, ok := parseTime(other); !ok {
 			return errPAX
 		}
 	}
