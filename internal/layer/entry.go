@@ -80,7 +80,7 @@ func (l *lister) entry(h *header) (entry, error) {
 	case strings.HasPrefix(base, whiteoutPrefix):
 		hidden := base[len(whiteoutPrefix):]
 		if hidden == "" || hidden == "." || hidden == ".." {
-			// Engines remove the directory itself, or the one above it.
+			// Engines fail, or remove the directory itself or the one above it.
 			return entry{}, errors.New("this whiteout names no file: refused")
 		}
 		return l.keep(entry{dir: dir, base: hidden, kind: whiteout})

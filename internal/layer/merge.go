@@ -20,6 +20,12 @@ import (
 // hides what is below whatever its place in the tar, and never a neighbour of
 // its own layer; and a directory that a layer implies takes the place of a
 // symlink below it.
+//
+// Where the engine's overlay2 fails (a whiteout behind the file of its name, a
+// hard link to a file of a layer below) or contradicts the OCI specification
+// (a whiteout and then a directory of its name, which lets the hidden children
+// show; implied directories, which lose the attributes they have below), the
+// specification and umoci are followed.
 func Merge(layers []*Layer) (*tree.Tree, error) {
 	t := &tree.Tree{Root: newDir()}
 	for _, l := range layers {
