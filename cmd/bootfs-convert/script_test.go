@@ -4,7 +4,9 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"io"
 	"io/fs"
+	"log"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -169,20 +171,25 @@ func mkdata(ts *testscript.TestScript, neg bool, args []string) {
 		seed, err = strconv.Atoi(args[2])
 		ts.Check(err)
 	}
-	r := rand.New(rand.NewPCG(uint64(seed), 0))
-	b := make([]byte, size)
+	ts.Check(os.MkdirAll(filepath.Dir(ts.MkAbs(args[0])), 0o755))
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), sample(uint64(seed), size), 0o755))
+}
+
+// sample returns n bytes that compress to about half, the same for a seed.
+func sample(seed uint64, n int) []byte {
+	r := rand.New(rand.NewPCG(seed, 0))
+	b := make([]byte, n)
 	for i := range b {
 		b[i] = byte(r.Uint64()) & 0x2f
 	}
-	ts.Check(os.MkdirAll(filepath.Dir(ts.MkAbs(args[0])), 0o755))
-	ts.Check(os.WriteFile(ts.MkAbs(args[0]), b, 0o755))
+	return b
 }
 
 func startRegistry(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.MkdirAll(ts.MkAbs("registry-blobs"), 0o755))
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	ts.Check(err)
-	s := &http.Server{Handler: registry.New(registry.WithBlobHandler(registry.NewDiskBlobHandler(ts.MkAbs("registry-blobs"))))}
+	s := &http.Server{Handler: registry.New(registry.Logger(log.New(io.Discard, "", 0)), registry.WithBlobHandler(registry.NewDiskBlobHandler(ts.MkAbs("registry-blobs"))))}
 	go s.Serve(l)
 	ts.Defer(func() { s.Close() })
 	ts.Setenv("REGISTRY", l.Addr().String())

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log"
 	"maps"
 	"math/rand/v2"
 	"net/http/httptest"
@@ -224,7 +225,7 @@ func blobs(t testing.TB, dir string) map[string]string {
 // registry and in a loose store.
 func TestRunReproducible(t *testing.T) {
 	src := writeLayout(t, sourceImage(t, "amd64", sampleLayers()...))
-	reg := httptest.NewServer(registry.New())
+	reg := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	defer reg.Close()
 	host := strings.TrimPrefix(reg.URL, "http://")
 
@@ -460,7 +461,7 @@ func TestRunPlatforms(t *testing.T) {
 // TestRunStoreInRegistry puts the packs of an archive into a repository, where
 // a tag keeps them.
 func TestRunStoreInRegistry(t *testing.T) {
-	reg := httptest.NewServer(registry.New())
+	reg := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	defer reg.Close()
 	host := strings.TrimPrefix(reg.URL, "http://")
 	src := writeLayout(t, sourceImage(t, "amd64", sampleLayers()...))

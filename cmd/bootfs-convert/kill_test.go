@@ -1,0 +1,171 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"io"
+	"log"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/registry"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/static"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/container-bootfs/bootfs/internal/converted"
+	"github.com/container-bootfs/bootfs/internal/transport"
+)
+
+// command is a call of bootfs-convert in a process of its own.
+func command(t *testing.T, tmp string, args ...string) *exec.Cmd {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self)
+	cmd.Args = append([]string{"bootfs-convert"}, args...) // see TestMain
+	cmd.Env = append(os.Environ(), "TMPDIR="+tmp)
+	return cmd
+}
+
+// oneFile is a layer that holds the file app of n bytes.
+func oneFile(t *testing.T, seed uint64, n int) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := w.WriteHeader(&tar.Header{Name: "app", Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(n)}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(sample(seed, n)); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// layoutOf makes an OCI layout, tag "src", of an image with one layer.
+func layoutOf(t *testing.T, plain []byte) string {
+	t.Helper()
+	img := mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	cf, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cf = cf.DeepCopy()
+	cf.OS, cf.Architecture = "linux", runtime.GOARCH
+	cf.Config.Cmd = []string{"/app"}
+	if img, err = mutate.ConfigFile(img, cf); err != nil {
+		t.Fatal(err)
+	}
+	if img, err = mutate.AppendLayers(img, static.NewLayer(plain, types.OCIUncompressedLayer)); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	p, err := layout.Write(dir, empty.Index)
+	if err == nil {
+		err = p.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "src"}))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "oci:" + dir + ":src"
+}
+
+// TestKilled kills conversions over an image that is there, at many moments:
+// whoever looks afterwards sees the old image or the new one, whole, and no
+// temporary file.
+func TestKilled(t *testing.T) {
+	const size, moments = 6 << 20, 8
+	older, newer := layoutOf(t, oneFile(t, 1, size)), layoutOf(t, oneFile(t, 2, size))
+	reg := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	t.Cleanup(reg.Close)
+	host := strings.TrimPrefix(reg.URL, "http://")
+	for name, dst := range map[string]string{
+		"oci":            "oci:" + filepath.Join(t.TempDir(), "layout") + ":dst",
+		"oci-archive":    "oci-archive:" + filepath.Join(t.TempDir(), "layout.tar") + ":dst",
+		"docker-archive": "docker-archive:" + filepath.Join(t.TempDir(), "image.tar") + ":dst:latest",
+		"registry":       host + "/dst:latest",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			tmp := t.TempDir()
+			args := []string{"-q", "--boot", "/bin/true"}
+			if name == "docker-archive" {
+				args = append(args, "--store", filepath.Join(t.TempDir(), "castr"))
+			}
+			convert := func(src string) *exec.Cmd { return command(t, tmp, append(args, src, dst)...) }
+			began := time.Now()
+			if out, err := convert(newer).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			whole := time.Since(began)
+			indexNew := rootOf(t, dst)
+			if out, err := convert(older).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			indexOld := rootOf(t, dst)
+			if indexOld == indexNew {
+				t.Fatal("both images have one index")
+			}
+			done := 0
+			for i := range moments {
+				cmd := convert(newer)
+				if err := cmd.Start(); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(whole * time.Duration(i+1) / moments)
+				cmd.Process.Kill()
+				cmd.Wait()
+				switch got := rootOf(t, dst); got {
+				case indexOld:
+				case indexNew:
+					done++
+					if out, err := convert(older).CombinedOutput(); err != nil {
+						t.Fatalf("%v: %s", err, out)
+					}
+				default:
+					t.Fatalf("killed after %d/%d: index %s is neither the old nor the new", i+1, moments, got)
+				}
+				if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
+					t.Errorf("killed after %d/%d: temporary files are left: %v, %v", i+1, moments, left, err)
+				}
+			}
+			t.Logf("%d of %d conversions of %v were complete", done, moments, whole)
+		})
+	}
+}
+
+// rootOf reads all chunks of a converted image and returns its index digest.
+func rootOf(t *testing.T, image string) string {
+	t.Helper()
+	ref, err := transport.Parse(image, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	o, err := converted.Open(ctx, ref, converted.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.Close()
+	root, err := o.Images[0].Spool(ctx, t.TempDir(), func(int64) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	root.Close()
+	return o.Images[0].Config.IndexDigest
+}
