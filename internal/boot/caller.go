@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -33,15 +34,51 @@ func currentCaller() (*caller, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read the working directory: %w", err)
 	}
+	// Not os.Environ: in a setuid process the Go runtime adds to it.
+	env, err := readStrings("/proc/self/environ")
+	if err != nil {
+		return nil, fmt.Errorf("read the environment: %w", err)
+	}
 	c := &caller{
 		uid:    unix.Getuid(),
 		gid:    unix.Getgid(),
 		groups: groups,
 		cwd:    cwd,
-		env:    os.Environ(),
+		env:    env,
 	}
 	c.program, c.argv, err = requested(execPath(), cwd, os.Args)
-	return c, err
+	if err != nil {
+		return nil, err
+	}
+	if os.Getppid() == 1 {
+		// An error leaves the app without an init, as a boot that is PID 1 does.
+		if first, err := readStrings("/proc/1/cmdline"); err == nil {
+			c.withInit(first, os.Args)
+		}
+	}
+	return c, nil
+}
+
+// readStrings reads a file of strings that each end with a zero byte.
+func readStrings(path string) ([]string, error) {
+	b, err := os.ReadFile(path)
+	if err != nil || len(b) == 0 {
+		return nil, err
+	}
+	return strings.Split(strings.TrimSuffix(string(b), "\x00"), "\x00"), nil
+}
+
+// withInit puts the engine's init before the program: with --init, PID 1 of the
+// container is "/sbin/docker-init -- " and boot's own arguments. The app's PID
+// namespace gets the same init, so that orphans are reaped and signals passed
+// there too.
+func (c *caller) withInit(first, own []string) {
+	n := len(first) - len(own)
+	if n <= 0 || !slices.Equal(first[n:], own) {
+		return
+	}
+	c.argv = slices.Concat(first[:n], []string{c.program}, c.argv[1:])
+	c.program = first[0]
 }
 
 // requested returns the program that was asked for. Started by its own path,

@@ -31,7 +31,7 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 	// Nothing that happens below may show on the host, and move_mount refuses
 	// shared parents.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return nil, whyNoMount(err)
+		return nil, whyNoMount(fmt.Errorf("the container may not mount: %w", err))
 	}
 	engine, err := readMounts()
 	if err != nil {

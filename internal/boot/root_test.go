@@ -38,6 +38,27 @@ func TestRequested(t *testing.T) {
 	}
 }
 
+func TestWithInit(t *testing.T) {
+	own := []string{"/.bootfs/boot", "sleep", "9"}
+	for _, c := range []struct {
+		name, program string
+		first, argv   []string
+	}{
+		{"docker's init", "/sbin/docker-init", append([]string{"/sbin/docker-init", "--"}, own...), []string{"/sbin/docker-init", "--", "sleep", "9"}},
+		{"another parent", "sleep", []string{"/pause"}, []string{"sleep", "9"}},
+		{"one with other arguments", "sleep", []string{"/sbin/init", "--", "/.bootfs/boot", "sleep", "8"}, []string{"sleep", "9"}},
+		{"boot's own line", "sleep", own, []string{"sleep", "9"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got := &caller{program: "sleep", argv: []string{"sleep", "9"}}
+			got.withInit(c.first, own)
+			if got.program != c.program || !reflect.DeepEqual(got.argv, c.argv) {
+				t.Errorf("got %q %q, want %q %q", got.program, got.argv, c.program, c.argv)
+			}
+		})
+	}
+}
+
 func TestWithoutOwnEnv(t *testing.T) {
 	c := &caller{env: []string{"PATH=/bin", "BLOB_STORE=registry://u:p@h/r", "BOOTFS_LOG=debug", "DROPBEAR_PASSWORD=x", "EMPTY="}}
 	if got, want := c.withoutOwnEnv().env, []string{"PATH=/bin", "EMPTY="}; !reflect.DeepEqual(got, want) {

@@ -49,7 +49,7 @@ func TestExecDuringTheStart(t *testing.T) {
 	calls := []*call{
 		{args: []string{"python3", "-c", "import json; print(json.dumps([1]))"}, want: "[1]\n"},
 		{args: []string{"/usr/bin/id", "-un"}, want: "app\n"},
-		{args: []string{"sh", "-c", "wc -l < /app/main.py; readlink /proc/self/exe"}, want: "22\n/usr/bin/dash\n"},
+		{args: []string{"sh", "-c", "wc -l < /app/main.py; readlink /proc/self/exe"}, want: "18\n/usr/bin/readlink\n"},
 	}
 	for _, c := range calls {
 		c.got = make(chan result, 1)

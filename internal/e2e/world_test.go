@@ -88,8 +88,11 @@ func runInWorld(m *testing.M) (code int, err error) {
 	if err := testenv.Push(ctx, layout, w.source); err != nil {
 		return 0, err
 	}
+	if _, err := w.docker.Output(ctx, "pull", "--quiet", w.source); err != nil {
+		return 0, err
+	}
 	w.image = w.proxy.address + "/python:converted"
-	if out, err := w.command("oci:"+layout, w.image).CombinedOutput(); err != nil {
+	if out, err := w.command("--boot", w.boot, "oci:"+layout, w.image).CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("convert: %w\n%s", err, out)
 	}
 	return m.Run(), nil
@@ -106,7 +109,7 @@ func build(out, pkg string) error {
 
 // command is a call of bootfs-convert.
 func (w *world) command(args ...string) *exec.Cmd {
-	cmd := exec.Command(w.convert, append([]string{"--boot", w.boot}, args...)...)
+	cmd := exec.Command(w.convert, args...)
 	cmd.Env = append(os.Environ(), w.docker.Env()...)
 	return cmd
 }
