@@ -30,6 +30,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
+	"github.com/container-bootfs/bootfs/internal/testenv"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
@@ -231,10 +232,13 @@ func skopeo(t testing.TB, args ...string) string {
 // places are references for each transport that holds packs, with skopeo's
 // flags for reading it.
 func places(t testing.TB) map[string][]string {
+	real := must(testenv.StartRegistry(context.Background(), t.TempDir(), ""))(t)
+	t.Cleanup(func() { real.Close() })
 	return map[string][]string{
-		"registry":    {"docker://" + startRegistry(t, nil) + "/a/b:v1", "--tls-verify=false"},
-		"oci":         {"oci:" + t.TempDir() + "/layout:v1"},
-		"oci-archive": {"oci-archive:" + t.TempDir() + "/x.tar:v1"},
+		"docker-registry": {"docker://" + real.Address + "/a/b:v1", "--tls-verify=false"},
+		"registry":        {"docker://" + startRegistry(t, nil) + "/a/b:v1", "--tls-verify=false"},
+		"oci":             {"oci:" + t.TempDir() + "/layout:v1"},
+		"oci-archive":     {"oci-archive:" + t.TempDir() + "/x.tar:v1"},
 	}
 }
 
