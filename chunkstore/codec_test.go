@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"os/exec"
 	"runtime"
 	"slices"
@@ -257,10 +258,24 @@ func FuzzDecode(f *testing.F) {
 	})
 }
 
+// program returns n bytes of this program, which compress as programs do.
+func program(b *testing.B, n int) []byte {
+	f, err := os.Open(os.Args[0])
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	p := make([]byte, n)
+	if _, err := f.ReadAt(p, 1<<20); err != nil {
+		b.Fatal(err)
+	}
+	return p
+}
+
 func BenchmarkEncode(b *testing.B) {
 	for _, n := range []int{16 << 10, 64 << 10, 256 << 10} {
 		b.Run(fmt.Sprint(n>>10, "KiB"), func(b *testing.B) {
-			plain := text(1, n)
+			plain := program(b, n)
 			var frame []byte
 			b.SetBytes(int64(n))
 			b.ReportAllocs()
@@ -275,7 +290,7 @@ func BenchmarkEncode(b *testing.B) {
 func BenchmarkDecode(b *testing.B) {
 	for _, n := range []int{16 << 10, 64 << 10, 256 << 10} {
 		b.Run(fmt.Sprint(n>>10, "KiB"), func(b *testing.B) {
-			plain := text(1, n)
+			plain := program(b, n)
 			frame := Encode(nil, plain)
 			c := chunkOf(index.SHA256, plain)
 			var buf []byte

@@ -191,10 +191,9 @@ func (w *want) retry() (again bool, after time.Duration) {
 	return again, after
 }
 
-// sink takes the frames that stores deliver.
+// sink takes the frames that stores deliver, one at a time.
 type sink struct {
-	mu       sync.Mutex // deliveries come one at a time
-	base     []byte     // plain bytes are appended to it
+	base     []byte // plain bytes are appended to it
 	emit     func(w *want, plain []byte) error
 	patience time.Duration // how long to wait for room in the cache's queue
 	abort    error         // emit's first error
@@ -212,7 +211,8 @@ const (
 // could not be had.
 func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err error) {
 	var failed []error
-	for round := 0; ; round++ {
+	for fruitless := 0; ; fruitless++ { // rounds through the stores since the last chunk
+		before := len(wants)
 		var after time.Duration
 		for _, s := range f.order() {
 			open := undone(wants)
@@ -224,6 +224,9 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 			}
 		}
 		wants = undone(wants)
+		if len(wants) < before {
+			fruitless = 0
+		}
 		again := false
 		for _, w := range wants {
 			retry, pause := w.retry()
@@ -241,7 +244,7 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 		if !again {
 			return nil, joinFailed(failed)
 		}
-		pause := min(firstPause<<min(round, 10), longPause)
+		pause := min(firstPause<<min(fruitless, 10), longPause)
 		pause = pause/2 + rand.N(pause/2) // many readers of one store shall not come back together
 		sleep(ctx, max(pause, after))
 	}
@@ -274,8 +277,6 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 	defer stop()
 	// fail notes err, of one request, for each of ws.
 	fail := func(err error, ws ...*want) {
-		k.mu.Lock()
-		defer k.mu.Unlock()
 		if k.abort != nil {
 			return
 		}
@@ -295,8 +296,6 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		}
 	}
 	take := func(w *want, frame []byte) error {
-		k.mu.Lock()
-		defer k.mu.Unlock()
 		// The time that the caller and the cache take is not the store's.
 		timer.stop()
 		defer timer.start()
@@ -333,34 +332,39 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		wants = rest
 	}
 
-	var g sync.WaitGroup
-	work := make(chan *want)
-	for range min(len(wants), parallelGets) {
-		g.Go(func() {
-			frame := frames.Get().(*[]byte)
-			defer frames.Put(frame)
-			for w := range work {
-				if watched.Err() != nil {
-					fail(watched.Err(), w)
-					continue
-				}
-				got, err := s.Get(watched, w.chunk.ID, (*frame)[:0])
-				if err != nil {
-					fail(err, w)
-					continue
-				}
-				*frame = got
-				if take(w, got) != nil {
-					stop()
-				}
-			}
-		})
+	type result struct {
+		w     *want
+		frame *[]byte
+		err   error
 	}
+	work := make(chan *want, len(wants))
 	for _, w := range wants {
 		work <- w
 	}
 	close(work)
-	g.Wait()
+	results := make(chan result)
+	for range min(len(wants), parallelGets) {
+		go func() {
+			for w := range work {
+				frame := frames.Get().(*[]byte)
+				got, err := (*frame)[:0], watched.Err()
+				if err == nil {
+					got, err = s.Get(watched, w.chunk.ID, got)
+				}
+				*frame = got
+				results <- result{w, frame, err}
+			}
+		}()
+	}
+	for range wants {
+		r := <-results
+		if r.err != nil {
+			fail(r.err, r.w)
+		} else if take(r.w, *r.frame) != nil {
+			stop() // the others need not end
+		}
+		frames.Put(r.frame)
+	}
 }
 
 // parallelGets is how many requests of one call go to a store at a time.
@@ -370,7 +374,7 @@ const parallelGets = 8
 var frames = sync.Pool{New: func() any { return new([]byte) }}
 
 // take verifies the stored form of w that came from s and hands it on. Its
-// error is that of k's receiver; a damaged frame is w's failure. k.mu is held.
+// error is that of k's receiver; a damaged frame is w's failure.
 func (f *Fetcher) take(ctx context.Context, s *source, w *want, frame []byte, k *sink) error {
 	if k.abort != nil {
 		return k.abort
