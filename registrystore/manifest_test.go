@@ -172,6 +172,7 @@ func TestDataManifestOfStoredPacks(t *testing.T) {
 // TestSkopeoCopiesPacks has skopeo copy an image between two registries and to
 // a layout, and the registry collect garbage: the packs stay.
 func TestSkopeoCopiesPacks(t *testing.T) {
+	t.Parallel()
 	im := newImage(t, 150)
 	from, _ := dockerRegistry(t)
 	to, config := dockerRegistry(t)

@@ -70,6 +70,7 @@ func TestPackSizes(t *testing.T) {
 // TestPacksAfterInsertion proves that packs end by content: those behind an
 // insertion and a deletion are the same again.
 func TestPacksAfterInsertion(t *testing.T) {
+	t.Parallel()
 	const frame = 128 << 10
 	before := make(map[string]bool)
 	for _, p := range writePacks(t, count(0, 2400), frame, discard) {

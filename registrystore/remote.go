@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"path"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -120,8 +121,8 @@ func NewRemote(address string, o RemoteOptions) (Blobs, error) {
 // parseRepository reads "host/repo". Any name is a host here, also one that
 // docker would take for a namespace.
 func parseRepository(s string, insecure bool) (name.Repository, error) {
-	host, path, _ := strings.Cut(s, "/")
-	if host == "" || path == "" || strings.Contains(host, "@") {
+	host, repo, _ := strings.Cut(s, "/")
+	if host == "" || repo == "" || strings.Contains(host, "@") || path.Clean("/"+repo) != "/"+repo {
 		return name.Repository{}, errors.New("want registry://host/repository")
 	}
 	opts := []name.Option{name.StrictValidation}
@@ -132,10 +133,10 @@ func parseRepository(s string, insecure bool) (name.Repository, error) {
 	if err != nil {
 		return name.Repository{}, err
 	}
-	if _, err := name.NewRepository("example.com/" + path); err != nil {
+	if _, err := name.NewRepository("example.com/" + repo); err != nil {
 		return name.Repository{}, err
 	}
-	return reg.Repo(path), nil
+	return reg.Repo(repo), nil
 }
 
 // secure keeps a connection that began with https from going on without.
@@ -533,10 +534,15 @@ func (q *request) Close() error {
 
 // fail makes an *Error of err: in one line, without the query of a signed URL.
 func (q *request) fail(err error) error {
-	e := &Error{temporary: true}
-	errors.As(err, &e)
+	// Only check's own verdict is taken over: another request's error may stand
+	// in err as the reason why this one was cancelled.
+	e, ok := err.(*Error)
+	if !ok {
+		e = &Error{temporary: true}
+	}
 	e.Place, e.Digest = q.remote.address, q.digest
 
+	var certificate *tls.CertificateVerificationError
 	var status *transport.Error
 	var broken *url.Error
 	switch {
@@ -554,6 +560,12 @@ func (q *request) fail(err error) error {
 		}
 		e.Err = err
 	case e.Err != nil:
+	case errors.As(err, &certificate):
+		e.temporary = false
+		e.Err = certificate
+		if errors.As(err, &broken) {
+			e.Err = fmt.Errorf("%s: %w", hostOf(broken.URL), certificate)
+		}
 	case errors.As(err, &status):
 		e.Status = status.StatusCode
 		e.temporary = status.Temporary()
@@ -562,19 +574,12 @@ func (q *request) fail(err error) error {
 		e.temporary = false
 		e.Err = fmt.Errorf("%s speaks plain HTTP: name the store registry+http://…, or make it speak HTTPS", q.remote.repo.RegistryStr())
 	case errors.As(err, &broken):
-		e.temporary = !isRefusal(broken.Err)
+		e.temporary = !errors.Is(err, errRedirects) && !errors.Is(err, errDowngrade)
 		e.Err = fmt.Errorf("%s: %w", hostOf(broken.URL), broken.Err)
 	default:
 		e.Err = err
 	}
 	return e
-}
-
-// isRefusal tells an error that time does not heal.
-func isRefusal(err error) bool {
-	var certificate *tls.CertificateVerificationError
-	return errors.Is(err, errRedirects) || errors.Is(err, errDowngrade) ||
-		errors.As(err, &certificate)
 }
 
 // hostOf returns what may be said of a URL.

@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 // goRegistry starts go-containerregistry's registry and returns its host:port.
 func goRegistry(t testing.TB) string {
 	t.Helper()
-	s := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
+	s := httptest.NewServer(registry.New(registry.Logger(discardLog)))
 	t.Cleanup(s.Close)
 	return s.Listener.Addr().String()
 }
@@ -142,6 +142,8 @@ func faulty(t testing.TB, chunks int) (*image, *faultproxy.Proxy) {
 	return im, p
 }
 
+var discardLog = log.New(io.Discard, "", 0)
+
 // keychain is a Keychain of one login for one host.
 type keychain struct {
 	host, user, password string
@@ -155,6 +157,7 @@ func (k *keychain) Resolve(r authn.Resource) (authn.Authenticator, error) {
 }
 
 func TestStoreReadsEverywhere(t *testing.T) {
+	t.Parallel()
 	im := newImage(t, 300)
 	t.Run("go-containerregistry", func(t *testing.T) {
 		host := goRegistry(t)

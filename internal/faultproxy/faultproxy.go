@@ -130,7 +130,7 @@ func (p *Proxy) Refuse(refuse bool) error {
 	return p.listen(p.addr)
 }
 
-// Log returns the requests since the start or the last Reset of the log.
+// Log returns the requests since the start or the last ClearLog.
 func (p *Proxy) Log() []Request {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -247,14 +247,14 @@ func RedirectLoop() Fault {
 	}
 }
 
-// WrongRange answers with the range d bytes behind the one that was asked for,
-// in truth and in the Content-Range header.
+// WrongRange answers with a range that begins d bytes behind the one that was
+// asked for, in truth and in the Content-Range header.
 func WrongRange(d int64) Fault {
 	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
 		var first, last int64
 		if _, err := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &first, &last); err == nil {
 			r = r.Clone(r.Context())
-			r.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", first+d, last+d))
+			r.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", first+d, last))
 		}
 		pass.ServeHTTP(w, r)
 	}
