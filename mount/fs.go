@@ -40,6 +40,7 @@ type rootFS struct {
 	image        Image
 	xattrClasses []string
 	timeout      time.Duration // of one request
+	interrupts   *interrupts
 	log          *failureLog
 }
 
@@ -201,24 +202,37 @@ func (fs *rootFS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fus
 	ctx, stop := context.WithTimeout(fs.ctx, fs.timeout)
 	defer stop()
 	go func() {
-		select {
-		case <-cancel: // a FUSE INTERRUPT, or the end of the connection
+		if fs.interrupted(ctx, cancel, in.Pid) {
 			stop()
-		case <-ctx.Done():
 		}
 	}()
 	if err := fs.readFile(ctx, n, buf, off); err != nil {
-		select {
-		case <-cancel:
-			return nil, fuse.EINTR
-		default:
+		if ctx.Err() == context.Canceled {
+			return nil, fuse.EINTR // nobody waits for it
 		}
-		if fs.ctx.Err() == nil {
-			fs.log.failed(n.NID, fmt.Sprintf("read of %d bytes at %d failed", len(buf), off), err)
-		}
+		fs.log.failed(n.NID, fmt.Sprintf("read of %d bytes at %d failed", len(buf), off), err)
 		return nil, fuse.EIO
 	}
 	return fuse.ReadResultData(buf), fuse.OK
+}
+
+// interrupted waits until ctx ends or the read of thread tid is to be given up,
+// and reports which. cancel is closed by a FUSE INTERRUPT and by the end of the
+// connection.
+func (fs *rootFS) interrupted(ctx context.Context, cancel <-chan struct{}, tid uint32) bool {
+	select {
+	case <-cancel:
+	case <-ctx.Done():
+		return false
+	}
+	for !fs.interrupts.final(tid) {
+		select {
+		case <-time.After(interruptStep):
+		case <-ctx.Done():
+			return false
+		}
+	}
+	return true
 }
 
 // readFile fills p with the bytes of n from off; they lie within the file.

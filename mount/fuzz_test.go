@@ -62,6 +62,7 @@ func FuzzRequests(f *testing.F) {
 			ReadTimeout:  DefaultReadTimeout,
 			Log:          slog.New(slog.NewTextHandler(io.Discard, nil)),
 		})
+		fs.interrupts = &interrupts{proc: -1, device: -1}
 		cancel := make(chan struct{})
 		buf := make([]byte, 8192)
 		todo, seen := []uint64{fuse.FUSE_ROOT_ID}, map[uint64]bool{}

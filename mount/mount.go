@@ -121,7 +121,8 @@ func Serve(dir string, o Options) (*Server, error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	request := min(max(o.ReadAhead, defaultRequest), maxRequest)
-	server, err := connect(dir, request, &o, newRootFS(ctx, meta, &o))
+	fs := newRootFS(ctx, meta, &o)
+	server, err := connect(dir, request, &o, fs)
 	if err != nil {
 		stop()
 		return nil, err
@@ -130,6 +131,7 @@ func Serve(dir string, o Options) (*Server, error) {
 	go func() {
 		server.Serve()
 		stop()
+		fs.interrupts.close()
 		close(s.done)
 	}()
 	s.dev, err = mountDev(dir)
@@ -146,7 +148,7 @@ func Serve(dir string, o Options) (*Server, error) {
 
 // connect mounts dir and returns the go-fuse server at the other end, which
 // has greeted the kernel and not yet begun to serve.
-func connect(dir string, request int, o *Options, fs fuse.RawFileSystem) (*fuse.Server, error) {
+func connect(dir string, request int, o *Options, fs *rootFS) (*fuse.Server, error) {
 	fd, err := openDevice()
 	if err != nil {
 		return nil, err
@@ -159,6 +161,7 @@ func connect(dir string, request int, o *Options, fs fuse.RawFileSystem) (*fuse.
 		_ = unix.Close(fd)
 		return nil, fmt.Errorf("mount a FUSE file system on %s: %w", dir, err)
 	}
+	fs.interrupts = newInterrupts(fd)
 	// From here on fd belongs to go-fuse, which closes it also when it fails.
 	server, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", fd), &fuse.MountOptions{
 		MaxWrite:                 request,
@@ -172,6 +175,7 @@ func connect(dir string, request int, o *Options, fs fuse.RawFileSystem) (*fuse.
 		Logger:                   slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn),
 	})
 	if err != nil {
+		fs.interrupts.close()
 		return nil, errors.Join(fmt.Errorf("serve %s: %w", dir, err), unix.Unmount(dir, unix.MNT_DETACH))
 	}
 	return server, nil

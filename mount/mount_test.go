@@ -809,6 +809,49 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
+// A signal that does not kill does not disturb a read, and one that does is
+// heard also after it.
+func TestSignals(t *testing.T) {
+	root := &tree.Tree{Root: counted(dir(entries{"a": file(0o644, noise(1, 4096)), "b": file(0o644, noise(2, 4096))}))}
+	s := serve(t, root, nil)
+	const python = `
+import mmap,os,signal,sys
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+print(os.preadv(os.open(sys.argv[1], os.O_RDONLY|os.O_DIRECT), [mmap.mmap(-1, 4096)], 0))
+signal.setitimer(signal.ITIMER_REAL, 0)`
+	s.image.set(func(ctx context.Context, _ int64) error {
+		select {
+		case <-time.After(500 * time.Millisecond):
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+	reads := s.image.reads.Load()
+	out, err := exec.Command("python3", "-c", python, filepath.Join(s.dir, "a")).CombinedOutput()
+	if got := s.image.reads.Load() - reads; string(out) != "4096\n" || err != nil || got != 1 {
+		t.Errorf("got %q, %v, %d reads, want 4096 bytes with one", out, err, got)
+	}
+
+	s.image.set(hang)
+	reads = s.image.reads.Load()
+	cmd := exec.Command("python3", "-c", python, filepath.Join(s.dir, "b"))
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(5 * time.Second); s.image.reads.Load() == reads && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	time.Sleep(100 * time.Millisecond)
+	start := time.Now()
+	_ = cmd.Process.Signal(unix.SIGTERM)
+	err = cmd.Wait()
+	if took := time.Since(start); err == nil || took > time.Second {
+		t.Errorf("ended with %v after %v", err, took)
+	}
+}
+
 // Close does not wait for reads that hang, and works in any place.
 func TestClose(t *testing.T) {
 	for _, test := range []struct {
@@ -816,6 +859,12 @@ func TestClose(t *testing.T) {
 		prepare func(t *testing.T, s *served)
 	}{
 		{"idle", func(*testing.T, *served) {}},
+		{"aborted by another", func(t *testing.T, s *served) {
+			if err := abort(s.dev); err != nil {
+				t.Fatal(err)
+			}
+			s.Wait()
+		}},
 		{"unmounted by another", func(t *testing.T, s *served) {
 			if err := unix.Unmount(s.dir, unix.MNT_DETACH); err != nil {
 				t.Fatal(err)

@@ -20,8 +20,8 @@ func Overlay(target, lower, upper, work string) error {
 	var failed error
 	for _, more := range []string{
 		",redirect_dir=on,metacopy=on",
-		"",           // a kernel without them
-		",userxattr", // in a user namespace, where trusted xattrs cannot be written
+		",userxattr", // in a user namespace, which has no trusted xattrs: without them nothing could be removed
+		"",           // a kernel that knows none of these
 	} {
 		err := unix.Mount("overlay", target, "overlay", 0, data+more)
 		if err == nil {

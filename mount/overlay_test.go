@@ -168,6 +168,44 @@ func TestCloseBelowOverlay(t *testing.T) {
 	}
 }
 
+// In a user namespace trusted xattrs cannot be written.
+func TestOverlayInUserNamespace(t *testing.T) {
+	if os.Getenv("OVERLAY_IN") == "" {
+		cmd := exec.Command("unshare", "--user", "--map-root-user", "--mount", os.Args[0], "-test.run", "^TestOverlayInUserNamespace$", "-test.v")
+		cmd.Env = append(os.Environ(), "OVERLAY_IN=namespace")
+		if out, err := cmd.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("--- PASS: TestOverlayInUserNamespace")) {
+			t.Errorf("%v: %s", err, out)
+		}
+		return
+	}
+	base := t.TempDir()
+	if err := unix.Mount("none", base, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(base, unix.MNT_DETACH) })
+	for _, d := range []string{"target", "lower", "upper", "work"} {
+		if err := os.Mkdir(filepath.Join(base, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	root, content := small()
+	s := serve(t, root, nil)
+	target := filepath.Join(base, "target")
+	if err := Overlay(target, s.dir, filepath.Join(base, "upper"), filepath.Join(base, "work")); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("sh", "-ec", "rm -r $1/dir; mkdir $1/dir; echo x >> $1/short; ls $1/dir; cat $1/short", "sh", target).CombinedOutput()
+	if err != nil || string(out) != "shortx\n" {
+		t.Errorf("got %q, %v", out, err)
+	}
+	if got, err := exec.Command("cat", filepath.Join(s.dir, "dir/file")).Output(); err != nil || !bytes.Equal(got, content) {
+		t.Errorf("the image below: %v", err)
+	}
+	if err := unix.Unmount(target, 0); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestOverlayErrors(t *testing.T) {
 	base := t.TempDir()
 	err := Overlay(filepath.Join(base, "absent"), base, base, base)
