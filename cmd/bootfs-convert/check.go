@@ -1,8 +1,10 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"os"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
@@ -10,7 +12,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/layer"
-	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/transport"
 	"github.com/container-bootfs/bootfs/internal/treecmp"
 )
@@ -114,7 +115,8 @@ func samePlatform(images []transport.Image, p v1.Platform) []transport.Image {
 
 // check compares one platform.
 func (f *readFlags) check(ctx context.Context, d display, from transport.Image, img *converted.Image) (*checked, error) {
-	if err := scratch.Check(f.tempDir, convert.LayerSpace(from.Layers)+img.Index.Size()); err != nil {
+	dir := cmp.Or(f.tempDir, os.TempDir())
+	if _, err := convert.CheckSpace(dir, from.Layers, img.Index.Size(), f.logger(d)); err != nil {
 		return nil, err
 	}
 	var size int64
@@ -152,7 +154,7 @@ func (f *readFlags) check(ctx context.Context, d display, from transport.Image, 
 	if err := img.CheckMeta(root); err != nil {
 		out.Differences = append(out.Differences, err.Error())
 	}
-	have, err := converted.Tree(img.Reader, root)
+	have, err := converted.Tree(img.Meta, root)
 	if err != nil {
 		return nil, err
 	}

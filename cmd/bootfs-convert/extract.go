@@ -119,7 +119,7 @@ func (f *extractFlags) extractDir(ctx context.Context, d display, img *converted
 	if err := img.CheckMeta(root); err != nil {
 		return err
 	}
-	t, err := converted.Tree(img.Reader, root)
+	t, err := converted.Tree(img.Meta, root)
 	if err != nil {
 		return err
 	}

@@ -140,7 +140,7 @@ func inspect(img *converted.Image) (*platform, error) {
 		IndexDigest: img.Config.IndexDigest, RootBytes: img.Index.Size(), MetaBytes: int64(len(img.Meta)),
 		Chunks: img.Index.Len(), Stores: img.Config.Stores, XattrClasses: img.Config.XattrClasses, BootBytes: img.BootBytes,
 	}
-	t, err := converted.Tree(img.Reader, nil)
+	t, err := converted.Tree(img.Meta, nil)
 	if err != nil {
 		return nil, err
 	}

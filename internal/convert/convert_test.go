@@ -301,7 +301,7 @@ func TestRunRoot(t *testing.T) {
 			if err != nil || digest != r.IndexDigest {
 				t.Errorf("IndexDigest %s, %v, want %s", digest, err, r.IndexDigest)
 			}
-			tr, err := converted.Tree(img.Reader, root)
+			tr, err := converted.Tree(img.Meta, root)
 			if err != nil {
 				t.Fatal(err)
 			}

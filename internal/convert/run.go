@@ -115,15 +115,16 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	for _, s := range report.Skipped {
 		o.Log.Info("left out: " + s)
 	}
-	for _, img := range images {
-		report.TempBytes = max(report.TempBytes, LayerSpace(img.layers()))
-	}
+	other := int64(0)
 	if !isLoose(o.Store) {
-		report.TempBytes += registrystore.PackSpace
+		other = registrystore.PackSpace
 	}
-	o.Log.Info(fmt.Sprintf("temporary files: up to %s in %s", scratch.Bytes(report.TempBytes), o.TempDir))
-	if err := scratch.Check(o.TempDir, report.TempBytes); err != nil {
-		return nil, err
+	for _, img := range images { // one after the other
+		n, err := CheckSpace(o.TempDir, img.layers(), other, o.Log)
+		if err != nil {
+			return nil, err
+		}
+		report.TempBytes = max(report.TempBytes, n)
 	}
 
 	c.upload = c.meter("", PhaseUpload, 0)
@@ -341,17 +342,29 @@ func (c *conversion) readTree(ctx context.Context, img transport.Image) (root *t
 
 // expansion is what a compressed layer is taken to grow by when it is spooled.
 // Layers of distributions grow 2.5 to 3.5 times.
-const expansion = 4
+const expansion = 3
 
-// LayerSpace estimates the temporary space that reading layers takes, in bytes.
-func LayerSpace(layers []layer.Blob) int64 {
-	var n int64
+// CheckSpace says how much temporary space reading layers and other bytes of
+// temporary files will take, by experience, and looks whether it is there. What
+// cannot fit is refused, what may not is a warning: how far a layer expands
+// shows only when it is read.
+func CheckSpace(dir string, layers []layer.Blob, other int64, log *slog.Logger) (estimate int64, err error) {
+	least := other
+	estimate = other
 	for _, b := range layers {
 		if b.Plain == nil && b.Size > 0 {
-			n += expansion * b.Size
+			least += b.Size
+			estimate += expansion * b.Size
 		}
 	}
-	return n
+	log.Info(fmt.Sprintf("temporary files: about %s in %s", scratch.Bytes(estimate), dir))
+	if err := scratch.Check(dir, least); err != nil {
+		return estimate, err
+	}
+	if err := scratch.Check(dir, estimate); err != nil {
+		log.Warn(err.Error())
+	}
+	return estimate, nil
 }
 
 // layersAtOnce is how many layers are fetched and decompressed at a time.

@@ -26,7 +26,6 @@ import (
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/assembly"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
-	"github.com/container-bootfs/bootfs/internal/erofs"
 	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/internal/transport"
@@ -60,7 +59,6 @@ type Image struct {
 	RawIndex  []byte                  // the file of Index
 	Locators  *registrystore.Locators // nil: the chunks lie in loose stores
 	Meta      []byte                  // front region of the root image
-	Reader    *erofs.Reader           // of Meta
 
 	options Options
 	beside  registrystore.Blobs // packs beside the image; nil if its place holds none
@@ -112,9 +110,6 @@ func open(ctx context.Context, from transport.Image) (*Image, error) {
 		if img.Locators, err = registrystore.OpenLocators(c.Locators, img.Index); err != nil {
 			return nil, fmt.Errorf("%s: %w", bootimage.LocatorsPath, err)
 		}
-	}
-	if img.Reader, err = erofs.NewReader(c.Meta); err != nil {
-		return nil, fmt.Errorf("%s: %w", bootimage.MetaPath, err)
 	}
 	return img, nil
 }

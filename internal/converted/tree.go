@@ -2,6 +2,7 @@ package converted
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -13,10 +14,14 @@ import (
 	"github.com/container-bootfs/bootfs/internal/tree"
 )
 
-// Tree reads the metadata of a root image into a tree whose files are read
-// from image, at the offsets of the root image.
-func Tree(r *erofs.Reader, image io.ReaderAt) (*tree.Tree, error) {
-	b := treeBuilder{reader: r, image: image, seen: make(map[uint64]*tree.Inode)}
+// Tree reads meta, the metadata of a root image, into a tree whose files are
+// read from image, at the offsets of the root image.
+func Tree(meta []byte, image io.ReaderAt) (*tree.Tree, error) {
+	r, err := erofs.NewReader(meta)
+	if err != nil {
+		return nil, err
+	}
+	b := treeBuilder{reader: r, image: image, left: int64(len(meta)), seen: make(map[uint64]*tree.Inode)}
 	root, err := b.inode(r.RootNID())
 	if err != nil {
 		return nil, err
@@ -40,6 +45,9 @@ func Tree(r *erofs.Reader, image io.ReaderAt) (*tree.Tree, error) {
 			}
 			known := b.seen[nid] != nil
 			child, err := b.inode(nid)
+			if err == nil {
+				err = b.take(direntSize + len(name))
+			}
 			if err == nil && (len(name) == 0 || bytes.ContainsAny(name, "/\x00")) {
 				err = fmt.Errorf("inode %d has the name %q", nid, name)
 			}
@@ -69,7 +77,25 @@ func Tree(r *erofs.Reader, image io.ReaderAt) (*tree.Tree, error) {
 type treeBuilder struct {
 	reader *erofs.Reader
 	image  io.ReaderAt
+	left   int64                  // bytes of metadata that nothing has been read from yet
 	seen   map[uint64]*tree.Inode // by nid: hard links share an inode
+}
+
+// What the parts of a tree take in the metadata at least, in bytes.
+const (
+	direntSize = 12
+	xattrSize  = 4
+	spanSize   = 4
+)
+
+// take accounts for n bytes of metadata. In an image of ours no two things
+// share bytes; a hostile one could name one directory's entries, or one file's
+// extents, a million times, and would be a tree larger than any memory.
+func (b *treeBuilder) take(n int) error {
+	if b.left -= int64(n); b.left < 0 {
+		return errors.New("parts of the metadata are used more than once")
+	}
+	return nil
 }
 
 func (b *treeBuilder) inode(nid uint64) (*tree.Inode, error) {
@@ -94,6 +120,9 @@ func (b *treeBuilder) inode(nid uint64) (*tree.Inode, error) {
 			return nil, err
 		}
 		n.Target = string(target)
+		if err := b.take(len(target)); err != nil {
+			return nil, err
+		}
 	case unix.S_IFCHR, unix.S_IFBLK:
 		n.Rdev = e.Rdev
 	case unix.S_IFREG:
@@ -104,16 +133,24 @@ func (b *treeBuilder) inode(nid uint64) (*tree.Inode, error) {
 			if err != nil {
 				return nil, err
 			}
+			if err := b.take(spanSize); err != nil {
+				return nil, err
+			}
 			if at >= 0 {
 				n.Content.Extents = append(n.Content.Extents, tree.Extent{Logical: off, Physical: at, Length: length})
 			}
 			off += length
 		}
 	}
+	var failed error
 	err = b.reader.Xattrs(e, func(name string, value []byte) bool {
 		n.Xattrs = append(n.Xattrs, tree.Xattr{Name: name, Value: bytes.Clone(value)})
-		return true
+		failed = b.take(xattrSize + len(value))
+		return failed == nil
 	})
+	if err == nil {
+		err = failed
+	}
 	slices.SortFunc(n.Xattrs, func(a, b tree.Xattr) int { return strings.Compare(a.Name, b.Name) })
 	return n, err
 }
