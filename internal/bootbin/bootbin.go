@@ -1,6 +1,6 @@
 // Package bootbin holds the boot binaries that the converter puts into images:
 // [Open] returns that of a platform. make build writes them as
-// boot-OS-ARCH[-VARIANT].zst beside this file, from where they are embedded; a
+// boot-OS-ARCH.zst beside this file, from where they are embedded; a
 // build without make has none and says so when one is asked for.
 package bootbin
 
@@ -15,12 +15,9 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// Platforms are those that make build embeds a boot binary for, as
-// OS/ARCH[/VARIANT].
-var Platforms = []string{
-	"linux/386", "linux/amd64", "linux/arm/v7", "linux/arm64",
-	"linux/ppc64le", "linux/riscv64", "linux/s390x",
-}
+// Platforms are those that make build embeds a boot binary for, as OS/ARCH.
+// There is none of 32 bits: go-fuse v2.12 does not compile for them.
+var Platforms = []string{"linux/amd64", "linux/arm64", "linux/ppc64le", "linux/riscv64", "linux/s390x"}
 
 // The pattern also matches boot-binaries.md, which is always there: a clean
 // checkout compiles.

@@ -18,15 +18,15 @@ func TestOpen(t *testing.T) {
 	want := bytes.Repeat([]byte("boot"), 1000)
 	packed := enc.EncodeAll(want, nil)
 	files := fstest.MapFS{
-		"boot-linux-amd64.zst":  {Data: packed},
-		"boot-linux-arm-v7.zst": {Data: packed[:len(packed)-1]},
-		"boot-linux-386.zst":    {Data: enc.EncodeAll(make([]byte, maxSize+1), nil)},
+		"boot-linux-amd64.zst": {Data: packed},
+		"boot-linux-arm64.zst": {Data: packed[:len(packed)-1]},
+		"boot-linux-s390x.zst": {Data: enc.EncodeAll(make([]byte, maxSize+1), nil)},
 	}
 	for _, tt := range []struct{ platform, err string }{
 		{"linux/amd64", ""},
-		{"linux/arm/v7", "boot binary for linux/arm/v7: "},
-		{"linux/386", "boot binary for linux/386: "},
-		{"linux/arm64", "make build"},
+		{"linux/arm64", "boot binary for linux/arm64: "},
+		{"linux/s390x", "boot binary for linux/s390x: "},
+		{"linux/riscv64", "make build"},
 		{"linux/mips", "linux/riscv64, linux/s390x; give another with --boot FILE"},
 		{"", "no boot binary for platform"},
 	} {

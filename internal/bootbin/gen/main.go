@@ -41,11 +41,8 @@ func generate(platform string) error {
 	// The go command leaves a binary that is up to date as it is.
 	bin := filepath.Join("bin", strings.TrimSuffix(bootbin.FileName(platform), ".zst"))
 	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", bin, "./cmd/bootfs-boot")
-	parts := strings.Split(platform, "/")
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOAMD64=v1", "GOOS="+parts[0], "GOARCH="+parts[1])
-	if len(parts) > 2 {
-		cmd.Env = append(cmd.Env, "GOARM="+strings.TrimPrefix(parts[2], "v"))
-	}
+	goos, goarch, _ := strings.Cut(platform, "/")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOAMD64=v1", "GOOS="+goos, "GOARCH="+goarch)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return err
