@@ -2,6 +2,7 @@ package mount
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -112,7 +113,7 @@ func (fs *rootFS) Lookup(_ <-chan struct{}, header *fuse.InHeader, name string, 
 		return status
 	}
 	nid, err := fs.meta.Lookup(dir, name)
-	if err == erofs.ErrNotExist {
+	if errors.Is(err, erofs.ErrNotExist) {
 		// Node 0 says that there is none, in a way that the kernel may keep.
 		out.EntryValid = forever
 		return fuse.OK
@@ -201,8 +202,9 @@ func (fs *rootFS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fus
 
 	ctx, stop := context.WithTimeout(fs.ctx, fs.timeout)
 	defer stop()
+	tid := in.Pid // in is reused when Read has returned
 	go func() {
-		if fs.interrupted(ctx, cancel, in.Pid) {
+		if fs.interrupted(ctx, cancel, tid) {
 			stop()
 		}
 	}()

@@ -143,7 +143,7 @@ func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		m.mu.Lock()
 		m.readers--
 		m.mu.Unlock()
-		if err == errAgain {
+		if errors.Is(err, errAgain) {
 			continue
 		}
 		if err != nil {

@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"sync"
@@ -114,7 +115,7 @@ func (m *Image) bring(ctx context.Context, cs []index.Chunk) error {
 		cs = nil
 		for i, f := range g.flights {
 			switch err := m.wait(ctx, g.flights[i:i+1]); {
-			case err == errAgain:
+			case errors.Is(err, errAgain):
 				cs = append(cs, f.chunk)
 			case err != nil && failed == nil:
 				failed = err
