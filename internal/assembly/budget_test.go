@@ -25,6 +25,9 @@ func TestMetadataBudget(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range entries {
+			if inodes > 10_000 {
+				break
+			}
 			name := filepath.Join(dir, e.Name())
 			switch {
 			case e.IsDir():

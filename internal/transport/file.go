@@ -36,13 +36,19 @@ type replacement struct {
 	path string
 }
 
+// What stands around the name of a file in the making.
+const (
+	temporaryPrefix = "."
+	temporarySuffix = ".bootfs-"
+)
+
 // newReplacement starts the next content of path, in a file beside it: a
 // rename works only within one filesystem.
 func newReplacement(path string) (*replacement, error) {
 	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s exists and is not a regular file", path)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".bootfs-*")
+	f, err := os.CreateTemp(filepath.Dir(path), temporaryPrefix+filepath.Base(path)+temporarySuffix+"*")
 	if err != nil {
 		return nil, err
 	}

@@ -215,7 +215,10 @@ func (s *layoutSource) manifest(_ context.Context, d v1.Descriptor) ([]byte, err
 
 func (s *layoutSource) blob(_ context.Context, d v1.Descriptor) (io.ReadCloser, error) {
 	f, _, err := openRegular(s.root, blobPath(d.Digest))
-	return f, err
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
 }
 
 func (s *layoutSource) local(d v1.Descriptor) io.ReaderAt {
@@ -273,7 +276,20 @@ func openLayoutDestination(r Ref, o Options) (Destination, error) {
 		d.lock.Close()
 		return nil, fmt.Errorf("another conversion is writing to this directory: %w", err)
 	}
+	removeTemporary(filepath.Join(r.Path, "blobs", "sha256"))
 	return d, nil
+}
+
+// removeTemporary removes what killed runs left in the making. Nobody else has
+// such a file there: the caller holds the lock.
+func removeTemporary(dir string) {
+	stale, err := filepath.Glob(filepath.Join(dir, temporaryPrefix+"*"+temporarySuffix+"*"))
+	if err != nil {
+		return // a pattern that is wrong for this path removes nothing
+	}
+	for _, name := range stale {
+		os.Remove(name)
+	}
 }
 
 // firstMissing returns the topmost directory of path that does not exist.

@@ -574,3 +574,36 @@ func FuzzLayoutIndex(f *testing.F) {
 		}
 	})
 }
+
+func FuzzDockerArchive(f *testing.F) {
+	var b bytes.Buffer
+	img := testImage(f, "amd64", gzipLayers(f, "a")...)
+	must(writeSaved(context.Background(), &b, img, "x:v1", func(int64) {}))(f)
+	f.Add(b.Bytes(), "")
+	f.Add(b.Bytes()[:700], "x:v1")
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, raw []byte, name string) {
+		file := must(os.CreateTemp(dir, ""))(t)
+		os.Remove(file.Name())
+		must(file.Write(raw))(t)
+		a, err := scanArchive(context.Background(), file)
+		if err != nil {
+			return
+		}
+		defer file.Close()
+		for n, s := range a.files {
+			if s.off < 0 || s.size < 0 || s.off+s.size > int64(len(raw)) {
+				t.Errorf("%q: %+v of %d bytes", n, s, len(raw))
+			}
+		}
+		s, err := newDockerArchive(a, name, Options{})
+		if err != nil {
+			return
+		}
+		for _, l := range s.Images()[0].Layers {
+			if l.Size > int64(len(raw)) {
+				t.Errorf("layer of %d bytes in %d", l.Size, len(raw))
+			}
+		}
+	})
+}

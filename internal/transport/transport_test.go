@@ -636,6 +636,13 @@ func TestKillLeavesDestination(t *testing.T) {
 			img := testImage(t, "amd64", gzipLayers(t, "a", "b")...)
 			commit(t, ref, Options{}, nil, map[string]v1.Image{"amd64": img})
 			checkImage(t, open(t, ref, Options{}).Images()[0], img, transport != "docker-archive:")
+			if transport == "oci:" {
+				for _, f := range snapshot(t, dir) {
+					if strings.Contains(f, temporarySuffix) {
+						t.Errorf("left of the killed run: %s", f)
+					}
+				}
+			}
 		})
 	}
 }
