@@ -72,8 +72,8 @@ func newCache(store Writer, log *slog.Logger) *cache {
 
 // get appends the plain bytes of chunk ch to dst if they are there and good.
 func (c *cache) get(ctx context.Context, d index.Digest, ch index.Chunk, dst []byte) ([]byte, bool) {
-	buf := frames.Get().(*[]byte)
-	defer frames.Put(buf)
+	buf := buffers.Get().(*[]byte)
+	defer buffers.Put(buf)
 	frame, err := c.store.Get(ctx, ch.ID, (*buf)[:0])
 	if err != nil {
 		if !errors.Is(err, ErrNotFound) && ctx.Err() == nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -97,11 +98,8 @@ func (f *Fetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i
 		id   index.ID
 		size int
 	}
-	var (
-		buf     []byte
-		missing []*want
-		byName  = make(map[name]*want) // a chunk that occurs twice is fetched once
-	)
+	var wants []*want
+	byName := make(map[name]*want) // a chunk that occurs twice is fetched once
 	for i, c := range cs {
 		if w := byName[name{c.ID, c.Size}]; w != nil {
 			w.places = append(w.places, i)
@@ -110,37 +108,76 @@ func (f *Fetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i
 		if err := checkSize(c); err != nil {
 			return err
 		}
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		plain, ok := f.cached(ctx, c, buf[:0])
-		if !ok {
-			w := f.newWant(c, i)
-			byName[name{c.ID, c.Size}] = w
-			missing = append(missing, w)
-			continue
-		}
-		buf = plain
-		if err := yield(i, plain); err != nil {
-			return err
-		}
+		w := f.newWant(c, i)
+		byName[name{c.ID, c.Size}] = w
+		wants = append(wants, w)
 	}
-	abort, err := f.fetch(ctx, missing, &sink{
-		base: buf[:0],
-		emit: func(w *want, plain []byte) error {
-			for _, i := range w.places {
-				if err := yield(i, plain); err != nil {
-					return err
-				}
+	emit := func(w *want, plain []byte) error {
+		for _, i := range w.places {
+			if err := yield(i, plain); err != nil {
+				return err
 			}
-			return nil
-		},
-		patience: batchPatience,
-	})
+		}
+		return nil
+	}
+	if err := f.fetchCached(ctx, wants, emit); err != nil {
+		return err
+	}
+	abort, err := f.fetch(ctx, undone(wants), &sink{emit: emit, patience: batchPatience})
 	if abort != nil {
 		return abort
 	}
 	return err
+}
+
+// fetchCached gives emit those of wants that are in the cache. Several are read
+// at a time, as verifying a chunk takes longer than reading it.
+func (f *Fetcher) fetchCached(ctx context.Context, wants []*want, emit func(*want, []byte) error) error {
+	if f.cache == nil {
+		return nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	type result struct {
+		w     *want
+		plain *[]byte
+		ok    bool
+	}
+	work := queue(wants)
+	results := make(chan result)
+	for range min(len(wants), runtime.GOMAXPROCS(0)) {
+		go func() {
+			for w := range work {
+				r := result{w: w, plain: buffers.Get().(*[]byte)}
+				if ctx.Err() == nil {
+					*r.plain, r.ok = f.cached(ctx, w.chunk, (*r.plain)[:0])
+				}
+				results <- r
+			}
+		}()
+	}
+	var abort error
+	for range wants {
+		r := <-results
+		if r.ok && abort == nil {
+			r.w.done = true
+			if abort = emit(r.w, *r.plain); abort != nil {
+				cancel()
+			}
+		}
+		buffers.Put(r.plain)
+	}
+	return abort
+}
+
+// queue returns wants as a channel that several goroutines empty.
+func queue(wants []*want) <-chan *want {
+	c := make(chan *want, len(wants))
+	for _, w := range wants {
+		c <- w
+	}
+	close(c)
+	return c
 }
 
 // cached appends the plain bytes of chunk c to dst if the cache has them.
@@ -236,7 +273,7 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 			}
 			w.done = true
 			e := &fetchError{id: w.chunk.ID, failures: w.failures}
-			if retry {
+			if ctx.Err() != nil {
 				e.failures = append(e.failures, fmt.Errorf("gave up: %w", context.Cause(ctx)))
 			}
 			failed = append(failed, e)
@@ -337,16 +374,12 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		frame *[]byte
 		err   error
 	}
-	work := make(chan *want, len(wants))
-	for _, w := range wants {
-		work <- w
-	}
-	close(work)
+	work := queue(wants)
 	results := make(chan result)
 	for range min(len(wants), parallelGets) {
 		go func() {
 			for w := range work {
-				frame := frames.Get().(*[]byte)
+				frame := buffers.Get().(*[]byte)
 				got, err := (*frame)[:0], watched.Err()
 				if err == nil {
 					got, err = s.Get(watched, w.chunk.ID, got)
@@ -363,15 +396,15 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		} else if take(r.w, *r.frame) != nil {
 			stop() // the others need not end
 		}
-		frames.Put(r.frame)
+		buffers.Put(r.frame)
 	}
 }
 
 // parallelGets is how many requests of one call go to a store at a time.
 const parallelGets = 8
 
-// frames keeps buffers for stored chunks.
-var frames = sync.Pool{New: func() any { return new([]byte) }}
+// buffers keeps buffers for single chunks, stored or plain.
+var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
 // take verifies the stored form of w that came from s and hands it on. Its
 // error is that of k's receiver; a damaged frame is w's failure.

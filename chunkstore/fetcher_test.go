@@ -815,6 +815,22 @@ func TestFetchBatchStops(t *testing.T) {
 	}
 }
 
+// TestEndedContext: what is asked for with an ended context ends at once.
+func TestEndedContext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		f := NewFetcher(FetcherOptions{Cache: newMemory("cache"), Stores: []Store{newMemory("store", good...)}})
+		defer f.Close()
+		if _, err := f.Fetch(ctx, chunks[0], nil); !errors.Is(err, context.Canceled) {
+			t.Errorf("Fetch: got %v, want %v", err, context.Canceled)
+		}
+		if err := f.FetchBatch(ctx, chunks, func(int, []byte) error { return nil }); !errors.Is(err, context.Canceled) {
+			t.Errorf("FetchBatch: got %v, want %v", err, context.Canceled)
+		}
+	})
+}
+
 func TestFetchBatchCancel(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory("store", good...)
@@ -873,6 +889,26 @@ func BenchmarkFetchCached(b *testing.B) {
 	for b.Loop() {
 		var err error
 		if buf, err = f.Fetch(b.Context(), c, buf[:0]); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+func BenchmarkFetchBatchCached(b *testing.B) {
+	cache := newMemory("cache")
+	var cs []index.Chunk
+	all := program(b, 16*64<<10)
+	for plain := range slices.Chunk(all, 64<<10) {
+		c := chunkOf(index.SHA256, plain)
+		cs = append(cs, c)
+		cache.frames[c.ID] = Encode(nil, plain)
+	}
+	f := NewFetcher(FetcherOptions{Cache: cache})
+	defer f.Close()
+	b.SetBytes(int64(len(all)))
+	b.ReportAllocs()
+	for b.Loop() {
+		if err := f.FetchBatch(b.Context(), cs, func(int, []byte) error { return nil }); err != nil {
 			b.Fatal(err)
 		}
 	}
