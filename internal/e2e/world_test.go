@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -40,6 +41,10 @@ type world struct {
 var w *world
 
 func TestMain(m *testing.M) {
+	if dir := os.Getenv(containerRoot); dir != "" {
+		fmt.Fprintln(os.Stderr, "enter the container:", enterContainer(dir, os.Args[1:]))
+		os.Exit(1)
+	}
 	code, err := runInWorld(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)
@@ -213,6 +218,8 @@ func newCountingProxy(target string) *countingProxy {
 			return nil
 		},
 	}
+	// Boot leaves requests of its prefetch behind when the container ends.
+	forward.ErrorLog = log.New(io.Discard, "", 0)
 	p.Server = httptest.NewServer(forward)
 	p.address = strings.TrimPrefix(p.URL, "http://")
 	return p
