@@ -1,8 +1,6 @@
 package mount
 
 import (
-	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"log/slog"
@@ -10,18 +8,14 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sync"
 	"testing"
 	"time"
 
-	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/container-bootfs/bootfs/chunker"
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/lazy"
-	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/internal/tree"
 )
 
@@ -84,92 +78,6 @@ func benchTree() *tree.Tree {
 	large.Content = tree.Content{Source: repeated{words(1, 1<<20)}, Extents: []tree.Extent{{Length: benchLarge}}}
 	root.Entries["large"] = large
 	return &tree.Tree{Root: counted(root)}
-}
-
-// memory is a chunk store without a network.
-type memory struct {
-	mu     sync.Mutex
-	frames map[index.ID][]byte
-}
-
-func (m *memory) String() string { return "memory" }
-
-func (m *memory) Get(_ context.Context, id index.ID, dst []byte) ([]byte, error) {
-	frame, ok := m.frames[id]
-	if !ok {
-		return nil, chunkstore.ErrNotFound
-	}
-	return append(dst, frame...), nil
-}
-
-func (m *memory) Has(_ context.Context, id index.ID) (bool, error) {
-	_, ok := m.frames[id]
-	return ok, nil
-}
-
-// chunked cuts the root image of plan into a store.
-func chunked(b *testing.B, plan *rootimage.Plan) (*index.Index, *memory) {
-	b.Helper()
-	c, err := chunker.New(chunker.V1)
-	if err != nil {
-		b.Fatal(err)
-	}
-	store := &memory{frames: make(map[index.ID][]byte)}
-	var (
-		xb   bytes.Buffer
-		work errgroup.Group
-		buf  = make([]byte, 8<<20)
-	)
-	work.SetLimit(4)
-	w := index.NewWriter(&xb, chunker.V1, index.SHA256)
-	for u := range plan.Units() {
-		r := plan.Open(u)
-		have := 0
-		for ended := false; ; {
-			for !ended && have < len(buf)/2 {
-				n, err := r.Read(buf[have:])
-				have += n
-				if ended = err == io.EOF; err != nil && !ended {
-					b.Fatal(err)
-				}
-			}
-			if have == 0 {
-				break
-			}
-			at := 0
-			for at < have && (ended || have-at >= chunker.V1.Max) {
-				n := c.Cut(buf[at:have])
-				plain := bytes.Clone(buf[at : at+n])
-				id := index.SHA256.Sum(plain)
-				if err := w.Append(id, n); err != nil {
-					b.Fatal(err)
-				}
-				work.Go(func() error {
-					store.mu.Lock()
-					_, ok := store.frames[id]
-					store.mu.Unlock()
-					if !ok {
-						frame := chunkstore.Encode(nil, plain)
-						store.mu.Lock()
-						store.frames[id] = frame
-						store.mu.Unlock()
-					}
-					return nil
-				})
-				at += n
-			}
-			have = copy(buf, buf[at:have])
-		}
-	}
-	_ = work.Wait()
-	if err := w.Close(); err != nil {
-		b.Fatal(err)
-	}
-	x, err := index.Open(xb.Bytes())
-	if err != nil {
-		b.Fatal(err)
-	}
-	return x, store
 }
 
 // BenchmarkMount compares the first and the second touch of a root image that
