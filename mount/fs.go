@@ -209,7 +209,7 @@ func (fs *rootFS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fus
 		}
 	}()
 	if err := fs.readFile(ctx, n, buf, off); err != nil {
-		if ctx.Err() == context.Canceled {
+		if errors.Is(ctx.Err(), context.Canceled) {
 			return nil, fuse.EINTR // nobody waits for it
 		}
 		fs.log.failed(n.NID, fmt.Sprintf("read of %d bytes at %d failed", len(buf), off), err)
