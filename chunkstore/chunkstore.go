@@ -31,8 +31,9 @@ const MaxStored = 16 << 20
 type Store interface {
 	// Get appends the stored form of chunk id to dst and returns the extended
 	// slice. The bytes are unverified. A failure is never remembered: the same
-	// call succeeds once the cause has healed. An error with a method
-	// RetryAfter() time.Duration asks for a pause before the next attempt.
+	// call succeeds once the cause has healed. An error with the methods
+	// Temporary() bool and RetryAfter() time.Duration says whether another
+	// attempt can help, and after which pause.
 	Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error)
 	// Has reports whether Get would find the chunk.
 	Has(ctx context.Context, id index.ID) (bool, error)

@@ -66,8 +66,9 @@ func (f *Fetcher) Close() error {
 }
 
 // Fetch appends the plain bytes of chunk c to dst. It tries again, with pauses,
-// until ctx ends, unless all stores answered and none has good bytes: the error
-// then wraps ErrNotFound or is a *CorruptError.
+// until ctx ends, unless all stores answered and none has good bytes, or none
+// may become able to: the error then wraps ErrNotFound, is a *CorruptError, or
+// is that of the store.
 func (f *Fetcher) Fetch(ctx context.Context, c index.Chunk, dst []byte) ([]byte, error) {
 	if err := checkSize(c); err != nil {
 		return dst, err
@@ -208,17 +209,20 @@ func (w *want) retry() (again bool, after time.Duration) {
 	for _, err := range w.failures {
 		var (
 			corrupt *CorruptError
-			delayed interface{ RetryAfter() time.Duration }
+			told    interface {
+				Temporary() bool
+				RetryAfter() time.Duration
+			}
 		)
 		switch {
 		case err == nil || errors.Is(err, ErrNotFound):
 		case errors.As(err, &corrupt):
 			damaged = true
-		default:
+		case !errors.As(err, &told):
 			again = true
-			if errors.As(err, &delayed) {
-				after = max(after, delayed.RetryAfter())
-			}
+		case told.Temporary():
+			again = true
+			after = max(after, told.RetryAfter())
 		}
 	}
 	if damaged {

@@ -596,7 +596,32 @@ func TestStoreHangs(t *testing.T) {
 type tooMany struct{ after time.Duration }
 
 func (e tooMany) Error() string             { return "429" }
+func (e tooMany) Temporary() bool           { return true }
 func (e tooMany) RetryAfter() time.Duration { return e.after }
+
+// unauthorized is the error of a store that will not change its mind.
+type unauthorized struct{}
+
+func (unauthorized) Error() string             { return "401" }
+func (unauthorized) Temporary() bool           { return false }
+func (unauthorized) RetryAfter() time.Duration { return 0 }
+
+func TestPermanentFailureIsNotRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory("a", good...)
+		m.set(func(_ context.Context, n int64) error {
+			if n == 1 {
+				return fmt.Errorf("get: %w", unauthorized{})
+			}
+			return nil
+		})
+		f := fetcher(t, nil, m)
+		if _, err := f.Fetch(within(t, time.Minute), chunks[0], nil); !errors.As(err, new(unauthorized)) || m.gets.Load() != 1 {
+			t.Errorf("got %v after %d requests, want the store's error after 1", err, m.gets.Load())
+		}
+		wantPlain(t, f, within(t, time.Minute), 0) // it is not remembered either
+	})
+}
 
 func TestRetryAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

@@ -64,31 +64,6 @@ func DataManifest(packs []Pack) (v1.Image, error) {
 	return img, nil
 }
 
-// MarshalIndex returns the OCI index of manifests. Its bytes are those that a
-// program which reads an index and writes it again arrives at, so that the
-// digest, and with it every signature, survives copies: skopeo before 1.10
-// rewrites any index, with the fields in the order of the OCI specification
-// and without those that came after its version 1.0. So a data manifest is
-// known by its platform here, and by its artifactType only in itself.
-func MarshalIndex(manifests []v1.Descriptor) ([]byte, error) {
-	type descriptor struct {
-		MediaType   types.MediaType   `json:"mediaType"`
-		Digest      v1.Hash           `json:"digest"`
-		Size        int64             `json:"size"`
-		Annotations map[string]string `json:"annotations,omitempty"`
-		Platform    *v1.Platform      `json:"platform,omitempty"`
-	}
-	index := struct {
-		SchemaVersion int             `json:"schemaVersion"`
-		MediaType     types.MediaType `json:"mediaType"`
-		Manifests     []descriptor    `json:"manifests"`
-	}{2, types.OCIImageIndex, []descriptor{}}
-	for _, d := range manifests {
-		index.Manifests = append(index.Manifests, descriptor{d.MediaType, d.Digest, d.Size, d.Annotations, d.Platform})
-	}
-	return json.Marshal(index)
-}
-
 // dataImage is a v1.Image whose layers are packs.
 type dataImage struct {
 	config   []byte

@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 var emptyIndex = mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
@@ -57,8 +58,19 @@ func indexOf(t *testing.T, packs []Pack) v1.ImageIndex {
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw, err := MarshalIndex(m.Manifests)
+	// skopeo writes any index anew, as image-spec's types have it.
+	raw, err := json.Marshal(m)
 	if err != nil {
+		t.Fatal(err)
+	}
+	var oci ocispec.Index
+	if err := json.Unmarshal(raw, &oci); err != nil {
+		t.Fatal(err)
+	}
+	for i := range oci.Manifests {
+		oci.Manifests[i].ArtifactType = ""
+	}
+	if raw, err = json.Marshal(oci); err != nil {
 		t.Fatal(err)
 	}
 	return ociIndex{x, raw}
