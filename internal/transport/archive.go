@@ -18,6 +18,7 @@ import (
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
+	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
@@ -76,7 +77,7 @@ func openArchive(ctx context.Context, path string, o Options) (*archive, error) 
 	if err != nil {
 		return nil, fmt.Errorf("decompress %s: %w", path, err)
 	}
-	if err := checkSpace(o.TempDir, info.Size()); err != nil {
+	if err := scratch.Check(o.TempDir, info.Size()); err != nil {
 		return nil, err
 	}
 	spooled, _, err := spool(ctx, o.TempDir, plain, o.progress)

@@ -11,6 +11,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/client"
+
+	"github.com/container-bootfs/bootfs/internal/scratch"
 )
 
 // daemon is a Docker engine.
@@ -62,7 +64,7 @@ func openDaemon(ctx context.Context, r Ref, o Options) (Source, error) {
 	if err != nil {
 		return nil, d.explain(err)
 	}
-	if err := checkSpace(o.TempDir, found.Size); err != nil {
+	if err := scratch.Check(o.TempDir, found.Size); err != nil {
 		return nil, err
 	}
 	saved, err := d.ImageSave(ctx, []string{r.Name})

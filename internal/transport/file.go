@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"syscall"
 
-	"golang.org/x/sys/unix"
+	"github.com/container-bootfs/bootfs/internal/scratch"
 )
 
 // openRegular opens a file for reading that others may have put there: a FIFO
@@ -89,18 +89,14 @@ func syncDir(path string) error {
 // spool copies r to a file without a name in dir, so that nothing stays behind
 // however the process ends.
 func spool(ctx context.Context, dir string, r io.Reader, progress func(int64)) (*os.File, int64, error) {
-	f, err := os.CreateTemp(dir, "bootfs-image-*")
+	f, err := scratch.File(dir)
 	if err != nil {
-		return nil, 0, err
-	}
-	if err := os.Remove(f.Name()); err != nil {
-		f.Close()
 		return nil, 0, err
 	}
 	n, err := io.Copy(f, &progressReader{ctx: ctx, r: r, progress: progress})
 	if err != nil {
 		f.Close()
-		return nil, 0, fmt.Errorf("spool to %s: %w", filepath.Dir(f.Name()), err)
+		return nil, 0, scratch.Explain(dir, err)
 	}
 	return f, n, nil
 }
@@ -121,19 +117,4 @@ func (p *progressReader) Read(b []byte) (int, error) {
 		p.progress(int64(n))
 	}
 	return n, err
-}
-
-// checkSpace refuses to begin when dir has less than need bytes free.
-func checkSpace(dir string, need int64) error {
-	if dir == "" {
-		dir = os.TempDir()
-	}
-	var s unix.Statfs_t
-	if err := unix.Statfs(dir, &s); err != nil {
-		return fmt.Errorf("free space of %s: %w", dir, err)
-	}
-	if free := int64(s.Bavail) * s.Bsize; free < need {
-		return fmt.Errorf("%s has %d MiB free, %d MiB are needed to hold the image while it is read; choose another directory for temporary files", dir, free>>20, need>>20)
-	}
-	return nil
 }

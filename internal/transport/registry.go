@@ -344,7 +344,7 @@ func (d *registryDestination) PutPack(ctx context.Context, p registrystore.Pack)
 	}
 	u := &uploadLayer{Layer: l, ctx: ctx, progress: d.o.progress}
 	if err := d.pusher.Upload(ctx, d.ref.Context(), u); err != nil {
-		return false, fmt.Errorf("pack %s: %w", p.Digest, d.explain(err))
+		return false, d.explain(err)
 	}
 	return !u.opened.Load(), nil
 }

@@ -501,15 +501,6 @@ func TestInsecure(t *testing.T) {
 	}
 }
 
-func TestCheckSpace(t *testing.T) {
-	if err := checkSpace(t.TempDir(), 1); err != nil {
-		t.Error(err)
-	}
-	if err := checkSpace(t.TempDir(), 1<<60); err == nil || !strings.Contains(err.Error(), "MiB are needed") {
-		t.Errorf("an exbibyte fits: %v", err)
-	}
-}
-
 func FuzzResolve(f *testing.F) {
 	img := testImage(f, "amd64", gzipLayers(f, "a")...)
 	f.Add(must(img.RawManifest())(f))
