@@ -89,6 +89,7 @@ func runCheck(ctx context.Context, f *readFlags, source, image string) error {
 		all.Same = all.Same && len(c.Differences) == 0
 		all.Platforms = append(all.Platforms, *c)
 	}
+	d.close()
 	if f.json {
 		err = f.writeJSON(all)
 	} else {

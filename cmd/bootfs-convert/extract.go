@@ -100,6 +100,7 @@ func runExtract(ctx context.Context, f *extractFlags, args []string) error {
 			return err
 		}
 	}
+	d.close()
 	if f.json {
 		return f.writeJSON(result)
 	}

@@ -120,6 +120,7 @@ func runInspect(ctx context.Context, f *readFlags, image string) error {
 		all.StoredBytes += p.StoredBytes
 		all.BootBytes += p.BootBytes
 	}
+	d.close()
 	if f.json {
 		return f.writeJSON(all)
 	}

@@ -19,7 +19,8 @@ import (
 )
 
 // display shows progress. Lines of the log go through it, so that they do not
-// tear a progress bar. All methods may be called concurrently, but for close.
+// tear a progress bar. It is closed before the result is written, which a bar
+// would overwrite; closing again does nothing.
 type display interface {
 	io.Writer // of whole lines
 	event(convert.Event)
@@ -123,7 +124,8 @@ func (l *lines) close() {}
 
 // bars is the display on a terminal.
 type bars struct {
-	p *mpb.Progress
+	p    *mpb.Progress
+	once sync.Once // closes
 
 	mu   sync.Mutex
 	bars map[string]*mpb.Bar // guarded by mu; by title
@@ -152,10 +154,12 @@ func (b *bars) event(e convert.Event) {
 
 // close leaves the bars as they stand.
 func (b *bars) close() {
-	for _, bar := range b.bars {
-		if !bar.Completed() {
-			bar.Abort(false)
+	b.once.Do(func() {
+		for _, bar := range b.bars {
+			if !bar.Completed() {
+				bar.Abort(false)
+			}
 		}
-	}
-	b.p.Wait()
+		b.p.Wait()
+	})
 }

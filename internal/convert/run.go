@@ -362,7 +362,7 @@ func CheckSpace(dir string, layers []layer.Blob, other int64, log *slog.Logger) 
 		return estimate, err
 	}
 	if err := scratch.Check(dir, estimate); err != nil {
-		log.Warn(err.Error())
+		log.Warn("this may fail: " + err.Error())
 	}
 	return estimate, nil
 }
