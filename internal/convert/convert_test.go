@@ -466,9 +466,11 @@ func TestRunStoreInRegistry(t *testing.T) {
 	host := strings.TrimPrefix(reg.URL, "http://")
 	src := writeLayout(t, sourceImage(t, "amd64", sampleLayers()...))
 	dst := transport.Ref{Transport: transport.DockerArchive, Path: filepath.Join(t.TempDir(), "x.tar"), Name: "x:y"}
-	r := convertTo(t, src, dst, func(o *Options) { o.Store = "registry://" + host + "/packs" })
-	if r.Store != "registry://"+host+"/packs" {
-		t.Errorf("store %q", r.Store)
+	for _, scheme := range []string{"registry+http://", "registry://"} {
+		store := scheme + host + "/packs"
+		if r := convertTo(t, src, dst, func(o *Options) { o.Store = store }); r.Store != store {
+			t.Errorf("store %q recorded as %q", store, r.Store)
+		}
 	}
 	o, err := converted.Open(t.Context(), dst, converted.Options{})
 	if err != nil {
@@ -536,6 +538,8 @@ func TestRunErrors(t *testing.T) {
 		{"converted already", converted1, ociRef(t), nil, Source, "already"},
 		{"no place for chunks", good, archive, nil, Usage, "--store"},
 		{"a store of no kind", good, ociRef(t), func(o *Options) { o.Store = "ftp://x" }, Usage, "ftp://x"},
+		{"a store that is only read", good, ociRef(t), func(o *Options) { o.Store = "oci:/x" }, Usage, "oci:/x"},
+		{"store is no repository", good, ociRef(t), func(o *Options) { o.Store = "registry://h/UPPER" }, Usage, "registry://h/UPPER"},
 		{"store is a file", good, ociRef(t), func(o *Options) { o.Store = file }, Destination, file},
 		{"destination is a file", good, transport.Ref{Transport: transport.OCI, Path: file, Name: "x"}, nil, Destination, file},
 		{"too little space", good, ociRef(t), func(o *Options) { o.TempDir = small }, 0, small},

@@ -29,11 +29,13 @@ type chunkPlace struct {
 func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 	store := c.o.Store
 	p := &chunkPlace{c: c}
+	var err error
 	switch {
 	case store == "":
 		p.packs, p.address = c.dest, c.dest.StoreAddress()
+	case strings.HasPrefix(store, "oci:"):
+		return nil, errStore(store)
 	case isLoose(store):
-		var err error
 		if p.address, err = filepath.Abs(store); err != nil {
 			return nil, err
 		}
@@ -41,11 +43,7 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 			return nil, fmt.Errorf("store: %w", err)
 		}
 	default:
-		ref, err := storeRef(store, "packs")
-		if err != nil {
-			return nil, err
-		}
-		if p.packs, err = transport.OpenDestination(ctx, ref, c.transport(c.upload)); err != nil {
+		if p.packs, err = p.open(ctx, "packs"); err != nil {
 			return nil, err
 		}
 		p.address, p.own = p.packs.StoreAddress(), true
@@ -57,18 +55,30 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 	return p, nil
 }
 
-// storeRef names the image in a repository of packs that keeps them: registries
-// delete what no tag leads to.
-func storeRef(store, tag string) (transport.Ref, error) {
-	repo, ok := strings.CutPrefix(store, "registry://")
-	if !ok {
-		return transport.Ref{}, &Error{Usage, fmt.Errorf("store %q: want a directory or registry://HOST/REPOSITORY", store)}
+// open opens the repository of packs that the options name. What keeps packs
+// in it is an image of their own: registries delete what no tag leads to.
+func (p *chunkPlace) open(ctx context.Context, tag string) (transport.Destination, error) {
+	store := p.c.o.Store
+	scheme, repo, _ := strings.Cut(store, "://")
+	o := p.c.transport(p.c.upload)
+	switch scheme {
+	case "registry":
+	case "registry+http":
+		host, _, _ := strings.Cut(repo, "/")
+		o.Insecure = append(o.Insecure[:len(o.Insecure):len(o.Insecure)], host)
+	default:
+		return nil, errStore(store)
 	}
 	ref, err := transport.Parse("docker://"+repo+":"+tag, "")
 	if err != nil {
-		return transport.Ref{}, &Error{Usage, fmt.Errorf("store %q: %w", store, err)}
+		return nil, &Error{Usage, fmt.Errorf("store %q: %w", store, err)}
 	}
-	return ref, nil
+	return transport.OpenDestination(ctx, ref, o)
+}
+
+// errStore refuses a store of no kind that chunks can be written to.
+func errStore(store string) error {
+	return &Error{Usage, fmt.Errorf("store %q: want a directory or registry://HOST/REPOSITORY", store)}
 }
 
 // loopbackHost returns the host of a store's address if it names the machine
@@ -142,11 +152,7 @@ func (p *chunkPlace) commit(ctx context.Context, images []transport.PlatformImag
 		data[i] = transport.PlatformImage{Platform: *registrystore.DataPlatform(), Boot: images[i].Data}
 		images[i].Data = nil
 	}
-	ref, err := storeRef(p.c.o.Store, "packs-"+digestOf([]byte(all.String()))[len("sha256:"):][:32])
-	if err != nil {
-		return err
-	}
-	d, err := transport.OpenDestination(ctx, ref, p.c.transport(p.c.upload))
+	d, err := p.open(ctx, "packs-"+strings.TrimPrefix(digestOf([]byte(all.String())), "sha256:")[:32])
 	if err != nil {
 		return err
 	}

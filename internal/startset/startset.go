@@ -56,7 +56,7 @@ type search struct {
 // given a script, and sh -c a line of commands.
 func (s *search) words(args []string) {
 	for i, a := range args[:min(len(args), maxWords)] {
-		if i > 0 && isShell(args[0]) && strings.HasPrefix(args[i-1], "-") && strings.HasSuffix(args[i-1], "c") {
+		if i > 1 && strings.HasPrefix(args[i-1], "-") && strings.HasSuffix(args[i-1], "c") && slices.ContainsFunc(args[:i-1], isShell) {
 			line := strings.FieldsFunc(a, func(r rune) bool { return strings.ContainsRune(" \t\n;|&()<>\"'`", r) })
 			for _, w := range line[:min(len(line), maxWords)] {
 				s.word(w)

@@ -183,6 +183,8 @@ func TestFiles(t *testing.T) {
 		{"env -S", Program{Args: []string{"tool"}}, []string{"/usr/local/bin/tool", "/usr/bin/env", "/usr/bin/python3.11"}},
 		{"shell form", Program{Args: []string{"/bin/sh", "-c", "cd /app; exec python3 main.py|nginx"}, WorkingDir: "/app"},
 			[]string{"/usr/bin/dash", "/usr/bin/python3.11", "/app/main.py", "/usr/sbin/nginx"}},
+		{"shell form behind an entry point", Program{Args: []string{"entry.sh", "sh", "-ec", "nginx"}},
+			[]string{"/usr/local/bin/entry.sh", "/usr/bin/dash", "/usr/sbin/nginx"}},
 		{"its own interpreter", Program{Args: []string{"/app/loop"}}, []string{"/app/loop"}},
 		{"directory", Program{Args: []string{"/etc"}}, nil},
 	} {
