@@ -519,6 +519,11 @@ func TestRunErrors(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer unix.Unmount(small, unix.MNT_DETACH)
+	tiny := t.TempDir()
+	if err := unix.Mount("tmpfs", tiny, "tmpfs", 0, "size=32k"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(tiny, unix.MNT_DETACH)
 	file := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(file, nil, 0o644); err != nil {
 		t.Fatal(err)
@@ -543,6 +548,7 @@ func TestRunErrors(t *testing.T) {
 		{"store is a file", good, ociRef(t), func(o *Options) { o.Store = file }, Destination, file},
 		{"destination is a file", good, transport.Ref{Transport: transport.OCI, Path: file, Name: "x"}, nil, Destination, file},
 		{"too little space", good, ociRef(t), func(o *Options) { o.TempDir = small }, 0, small},
+		{"full destination", good, transport.Ref{Transport: transport.OCI, Path: filepath.Join(tiny, "layout"), Name: "x"}, nil, Destination, ""},
 		{"no such platform", good, ociRef(t), func(o *Options) { o.Platforms = []v1.Platform{{OS: "linux", Architecture: "s390x"}} }, Source, "s390x"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -558,8 +564,8 @@ func TestRunErrors(t *testing.T) {
 			if tt.part != 0 && (!errors.As(err, &part) || part.Part != tt.part) {
 				t.Errorf("%v: of part %v, want %v", err, part, tt.part)
 			}
-			if tt.part == 0 && !errors.Is(err, scratch.ErrNoSpace) {
-				t.Errorf("%v: want ErrNoSpace", err)
+			if full := errors.Is(err, scratch.ErrNoSpace); full != (tt.part == 0) {
+				t.Errorf("%v: ErrNoSpace is %t", err, full)
 			}
 			if !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("%q: want one line with %q", err, tt.want)

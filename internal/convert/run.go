@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -69,6 +70,10 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 	began := time.Now()
 	c := &conversion{o: o}
 	report, err := c.run(ctx)
+	var e *Error
+	if errors.As(err, &e) && e.Part == Destination {
+		return nil, err // a full disk there is not a matter of temporary files
+	}
 	if err != nil {
 		return nil, scratch.Explain(o.TempDir, err)
 	}
@@ -107,13 +112,11 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	report := &Report{Source: o.Source.String(), Destination: o.Destination.String()}
 	for _, s := range src.Skipped() {
 		report.Skipped = append(report.Skipped, fmt.Sprintf("%s (%s)", s.Digest, s.Reason))
+		o.Log.Info(fmt.Sprintf("left out: %s (%s)", s.Digest, s.Reason))
 	}
 	images, err := c.choose(src.Images(), report)
 	if err != nil {
 		return nil, err
-	}
-	for _, s := range report.Skipped {
-		o.Log.Info("left out: " + s)
 	}
 	other := int64(0)
 	if !isLoose(o.Store) {
@@ -203,6 +206,7 @@ func (c *conversion) choose(images []transport.Image, report *Report) ([]input, 
 			return nil, err
 		default:
 			missing = err
+			o.Log.Warn(fmt.Sprintf("left out: %s: %v", img.Platform, err))
 			report.Skipped = append(report.Skipped, fmt.Sprintf("%s (%s: %v)", img.Digest, img.Platform, err))
 		}
 	}
