@@ -31,6 +31,7 @@ done <<<"$needed"
 # Debian roots are made from the machine's own apt sources: apt must know them.
 known=$(apt-get indextargets --format '$(CODENAME)' 'Created-By: Packages' 'Origin: Debian' 2>/dev/null || true)
 [ ${#missing[@]} -gt 0 ] || [ -z "$known" ] || exit 0
+mapfile -t missing < <(printf '%s\n' ${missing[@]+"${missing[@]}"} | sort -u | grep .)
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 	echo "missing: ${missing[*]:-apt package lists}; install them, or run this as root on Debian 12" >&2
