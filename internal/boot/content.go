@@ -37,6 +37,7 @@ type content struct {
 	meta        []byte
 	fetcher     *chunkstore.Fetcher
 	image       *lazy.Image
+	server      *mount.Server
 	sharedCache bool // the cache outlives the container
 	log         *logger
 }
@@ -194,7 +195,8 @@ func (c *content) openCache() (chunkstore.Writer, error) {
 
 // serve mounts the root image at dir.
 func (c *content) serve(dir string) error {
-	_, err := mount.Serve(dir, mount.Options{
+	var err error
+	c.server, err = mount.Serve(dir, mount.Options{
 		Meta:         c.meta,
 		Image:        c.image,
 		XattrClasses: c.config.XattrClasses,
@@ -221,9 +223,11 @@ func (c *content) prefetchAll(ctx context.Context) error {
 	})
 }
 
-// close waits for the cache to take what is on its way.
+// close waits for the cache to take what is on its way and ends the mount: the
+// kernel, which now kills what else runs in the container, must find nobody
+// waiting for a server that has left.
 func (c *content) close() {
-	if err := c.fetcher.Close(); err != nil {
-		c.log.Info("cache: " + err.Error())
+	if err := errors.Join(c.fetcher.Close(), c.server.Close()); err != nil {
+		c.log.Info("while ending: " + err.Error())
 	}
 }

@@ -5,8 +5,10 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -55,6 +57,53 @@ func TestFlippedByte(t *testing.T) {
 	if healed.code != 0 || !maps.Equal(sumsOf(healed.stdout), source) {
 		t.Errorf("after healing: exit %d, %d files, want %d as in the source\n%.2000s", healed.code, strings.Count(healed.stdout, "\n"), len(source), healed.stderr)
 	}
+}
+
+// coldRead starts a container that is up, and once letGo is called reads files
+// that nobody has read before.
+func coldRead(t *testing.T) (id string, letGo func()) {
+	t.Helper()
+	dir := t.TempDir()
+	id = start(t, "--env", "BOOTFS_PREFETCH=none", "--volume", dir+":/signal", w.image, "sh", "-c",
+		`echo up; until test -e /signal/go; do sleep 0.1; done; cat /usr/lib/python3/dist-packages/numpy/core/*.so | wc -c; echo done; sleep 600`)
+	eventually(t, "the program is up", func() bool { return docker(t, "logs", id).stdout == "up\n" })
+	// The programs of the loop and of the pipe.
+	docker(t, "exec", id, "sh", "-c", "test -e /; sleep 0; cat /dev/null | wc -c").want(t, "0\n")
+	return id, func() {
+		if err := os.WriteFile(filepath.Join(dir, "go"), nil, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestReadGoesOnWhenTheNetworkIsBack(t *testing.T) {
+	id, letGo := coldRead(t)
+	release := w.proxy.hold(t)
+	letGo()
+	time.Sleep(3 * time.Second)
+	if out := docker(t, "logs", id).stdout; out != "up\n" {
+		t.Fatalf("the read did not wait for the network: %q", out)
+	}
+	release()
+	eventually(t, "the read ends", func() bool { return strings.HasSuffix(docker(t, "logs", id).stdout, "\ndone\n") })
+}
+
+// TestStopWhileTheNetworkIsGone stops a container whose program waits for a
+// chunk that does not come.
+func TestStopWhileTheNetworkIsGone(t *testing.T) {
+	id, letGo := coldRead(t)
+	w.proxy.hold(t)
+	letGo()
+	time.Sleep(time.Second)
+	const grace = 2
+	began := time.Now()
+	if r := docker(t, "stop", "--time", strconv.Itoa(grace), id); r.code != 0 {
+		t.Fatal(r.stderr)
+	}
+	if took := time.Since(began); took > (grace+2)*time.Second {
+		t.Errorf("docker stop took %v, want its grace of %d s and at most 2 s", took, grace)
+	}
+	docker(t, "inspect", "--format", "{{.State.ExitCode}}", id).want(t, "137\n")
 }
 
 // sumsOf reads the output of sha256sum.

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -195,12 +196,13 @@ func eventually(t *testing.T, what string, check func() bool) {
 	}
 }
 
-// countingProxy forwards to a registry and counts what comes back.
+// countingProxy forwards to a registry, counts what comes back, and can keep
+// it back.
 type countingProxy struct {
 	*httptest.Server
-	address  string
-	bytes    atomic.Int64 // of blobs' bodies
-	requests atomic.Int64 // of blobs
+	address string
+	bytes   atomic.Int64 // of blobs' bodies
+	gate    sync.RWMutex // held for writing while blobs are kept back
 }
 
 func newCountingProxy(target string) *countingProxy {
@@ -212,7 +214,8 @@ func newCountingProxy(target string) *countingProxy {
 		},
 		ModifyResponse: func(r *http.Response) error {
 			if r.Request.Method == http.MethodGet && strings.Contains(r.Request.URL.Path, "/blobs/") {
-				p.requests.Add(1)
+				p.gate.RLock()
+				p.gate.RUnlock()
 				r.Body = &countingBody{r.Body, &p.bytes}
 			}
 			return nil
@@ -223,6 +226,14 @@ func newCountingProxy(target string) *countingProxy {
 	p.Server = httptest.NewServer(forward)
 	p.address = strings.TrimPrefix(p.URL, "http://")
 	return p
+}
+
+// hold keeps every answer with a blob back until the test calls release or ends.
+func (p *countingProxy) hold(t *testing.T) (release func()) {
+	p.gate.Lock()
+	release = sync.OnceFunc(p.gate.Unlock)
+	t.Cleanup(release)
+	return release
 }
 
 // measure returns the bytes of blobs that crossed the proxy while f ran.
