@@ -16,6 +16,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/scratch"
 )
 
 // Sizes of packs, in bytes. Where a pack ends between the two depends on the
@@ -131,13 +132,8 @@ func endsPack(id index.ID, size int) bool {
 }
 
 func (w *PackWriter) begin(start bool) error {
-	f, err := os.CreateTemp(w.dir, "bootfs-pack-*")
+	f, err := scratch.File(w.dir)
 	if err != nil {
-		return fmt.Errorf("spool pack %d: %w", len(w.packs), err)
-	}
-	// Without a name nothing stays behind, however the process ends.
-	if err := os.Remove(f.Name()); err != nil {
-		f.Close()
 		return fmt.Errorf("spool pack %d: %w", len(w.packs), err)
 	}
 	w.cur = &spool{file: f, buf: bufio.NewWriterSize(f, 1<<20), sum: sha256.New(), start: start}

@@ -493,6 +493,19 @@ func TestRunStoreInRegistry(t *testing.T) {
 	}
 }
 
+// TestRunEmpty converts an image without layers.
+func TestRunEmpty(t *testing.T) {
+	src, dst := writeLayout(t, sourceImage(t, "amd64")), ociRef(t)
+	if r := convertTo(t, src, dst, nil).Platforms[0]; r.Files != 1 || r.Chunks != 1 || r.Packs != 1 {
+		t.Errorf("report %+v", r)
+	}
+	o, err := converted.Open(t.Context(), dst, converted.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Close()
+}
+
 func TestRunErrors(t *testing.T) {
 	good := writeLayout(t, sourceImage(t, "amd64", entries{"bin/app": sample(1, 100_000)}))
 	converted1 := ociRef(t)

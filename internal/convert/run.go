@@ -10,11 +10,9 @@ import (
 	"os"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/assembly"
@@ -256,23 +254,34 @@ func (c *conversion) platform(ctx context.Context, img input) (transport.Platfor
 	r.LayerSeconds, r.MergeSeconds, r.ChunkSeconds = layerSeconds, mergeSeconds, clock.lap()
 	r.IndexDigest, r.Files = digestOf(ch.index), int64(meta.Inodes())
 
-	// Everything about the image is known: assemble it.
+	out, err := c.assemble(img, root, plan, ch, list)
+	if err != nil {
+		return fail(err)
+	}
+	r.ImageSeconds = clock.lap()
+	return out, r, nil
+}
+
+// assemble makes the image of what is known, and completes the report on it.
+// list is nil when the chunks lie in a directory.
+func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, ch *chunked, list []registrystore.Pack) (out transport.PlatformImage, err error) {
+	r := &ch.report
+	out.Platform = img.Platform
 	var locators []byte
-	out := transport.PlatformImage{Platform: img.Platform}
 	if list != nil {
 		x, err := index.Open(ch.index)
 		if err != nil {
-			return fail(err)
+			return out, err
 		}
 		descriptors := make([]registrystore.PackDescriptor, len(list))
 		for i, p := range list {
 			descriptors[i] = p.PackDescriptor
 		}
 		if locators, err = registrystore.EncodeLocators(x, descriptors, ch.locations); err != nil {
-			return fail(err)
+			return out, err
 		}
 		if out.Data, err = registrystore.DataManifest(list); err != nil {
-			return fail(err)
+			return out, err
 		}
 		r.Packs = len(list)
 	}
@@ -280,6 +289,7 @@ func (c *conversion) platform(ctx context.Context, img input) (transport.Platfor
 	if c.to.address != "" {
 		stores = []string{c.to.address}
 	}
+	conf := img.Config.Config
 	out.Boot, err = assembly.BootImage(assembly.Input{
 		Source: img.Image,
 		Tree:   root,
@@ -300,106 +310,24 @@ func (c *conversion) platform(ctx context.Context, img input) (transport.Platfor
 		Meta:     plan.Meta(),
 	})
 	if err != nil {
-		return fail(err)
+		return out, err
 	}
 	manifest, err := out.Boot.Manifest()
 	if err != nil {
-		return fail(err)
+		return out, err
 	}
 	r.BootBytes = manifest.Config.Size
 	for _, l := range manifest.Layers {
 		r.BootBytes += l.Size
 	}
 	digest, err := out.Boot.Digest()
-	if err != nil {
-		return fail(err)
-	}
 	r.BootDigest = digest.String()
-	r.ImageSeconds = clock.lap()
-	return out, r, nil
+	return out, err
 }
 
 // sourceName is what an image says of where it came from. Paths of the machine
 // that converted it are not part of that: the digests would follow them.
 func sourceName(r transport.Ref) string { return r.Name }
-
-// readTree reads the layers of img and merges them. The tree's contents can be
-// read until closeLayers is called. read counts the stored bytes.
-func (c *conversion) readTree(ctx context.Context, img transport.Image) (root *tree.Tree, closeLayers func(), read int64, err error) {
-	total := int64(0)
-	for _, b := range img.Layers {
-		total += max(0, b.Size)
-	}
-	progress := c.meter(img.Platform.String(), PhaseLayers, total)
-	layers, closeLayers, err := ReadLayers(ctx, img.Layers, c.o.TempDir, progress.add)
-	if err != nil {
-		return nil, nil, 0, err
-	}
-	progress.end()
-	root, err = layer.Merge(layers)
-	if err != nil {
-		closeLayers()
-		return nil, nil, 0, in(Source, err)
-	}
-	return root, closeLayers, total, nil
-}
-
-// expansion is what a compressed layer is taken to grow by when it is spooled.
-// Layers of distributions grow 2.5 to 3.5 times.
-const expansion = 3
-
-// CheckSpace says how much temporary space reading layers and other bytes of
-// temporary files will take, by experience, and looks whether it is there. What
-// cannot fit is refused, what may not is a warning: how far a layer expands
-// shows only when it is read.
-func CheckSpace(dir string, layers []layer.Blob, other int64, log *slog.Logger) (estimate int64, err error) {
-	least := other
-	estimate = other
-	for _, b := range layers {
-		if b.Plain == nil && b.Size > 0 {
-			least += b.Size
-			estimate += expansion * b.Size
-		}
-	}
-	log.Info(fmt.Sprintf("temporary files: about %s in %s", scratch.Bytes(estimate), dir))
-	if err := scratch.Check(dir, least); err != nil {
-		return estimate, err
-	}
-	if err := scratch.Check(dir, estimate); err != nil {
-		log.Warn("this may fail: " + err.Error())
-	}
-	return estimate, nil
-}
-
-// layersAtOnce is how many layers are fetched and decompressed at a time.
-// Registries answer that many requests of one client without complaint.
-const layersAtOnce = 4
-
-// ReadLayers reads the layers of an image in parallel, bottom first. done
-// frees what they hold.
-func ReadLayers(ctx context.Context, blobs []layer.Blob, tempDir string, progress func(int64)) (_ []*layer.Layer, done func(), err error) {
-	layers := make([]*layer.Layer, len(blobs))
-	done = func() {
-		for _, l := range layers {
-			if l != nil {
-				l.Close()
-			}
-		}
-	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(layersAtOnce)
-	for i, b := range blobs {
-		g.Go(func() (err error) {
-			layers[i], err = layer.Read(ctx, b, layer.Options{TempDir: tempDir, Progress: progress})
-			return err
-		})
-	}
-	if err := g.Wait(); err != nil {
-		done()
-		return nil, nil, in(Source, scratch.Explain(tempDir, err))
-	}
-	return layers, done, nil
-}
 
 // isLoose reports whether a store takes single chunks: it is a directory.
 func isLoose(store string) bool { return store != "" && !strings.Contains(store, "://") }
@@ -408,46 +336,4 @@ func isLoose(store string) bool { return store != "" && !strings.Contains(store,
 func digestOf(b []byte) string {
 	sum := sha256.Sum256(b)
 	return "sha256:" + hex.EncodeToString(sum[:])
-}
-
-// meter counts the bytes of a phase.
-type meter struct {
-	send  func(Event)
-	event Event
-	done  atomic.Int64
-}
-
-// meter starts a phase. One whose length is not known may turn out not to
-// happen, and is told of with its first byte.
-func (c *conversion) meter(platform string, phase Phase, total int64) *meter {
-	m := &meter{send: c.o.Progress, event: Event{Platform: platform, Phase: phase, Total: total}}
-	if total > 0 {
-		m.send(m.event)
-	}
-	return m
-}
-
-func (m *meter) add(n int64) {
-	e := m.event
-	e.Done = m.done.Add(n)
-	m.send(e)
-}
-
-func (m *meter) end() {
-	e := m.event
-	if e.Done, e.End = m.done.Load(), true; e.Done > 0 {
-		m.send(e)
-	}
-}
-
-// clock measures laps in seconds.
-type clock struct{ last time.Time }
-
-func newClock() *clock { return &clock{time.Now()} }
-
-func (c *clock) lap() float64 {
-	now := time.Now()
-	d := now.Sub(c.last)
-	c.last = now
-	return d.Seconds()
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -29,9 +30,16 @@ func Check(dir string, need int64) error {
 }
 
 // File returns a new file in dir that has no name there: it is gone when it
-// is closed, however the process ends.
+// is closed, however and whenever the process ends.
 func File(dir string) (*os.File, error) {
-	f, err := os.CreateTemp(or(dir), "bootfs-*")
+	dir = or(dir)
+	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err == nil {
+		return os.NewFile(uintptr(fd), filepath.Join(dir, "(unnamed)")), nil
+	}
+	// Not all file systems can do that. Where they cannot, a process that is
+	// killed between the next two calls leaves an empty file.
+	f, err := os.CreateTemp(dir, "bootfs-*")
 	if err != nil {
 		return nil, Explain(dir, err)
 	}
