@@ -30,6 +30,9 @@ func CheckSpace(dir string, layers []layer.Blob, other int64, log *slog.Logger) 
 			estimate += expansion * b.Size
 		}
 	}
+	if estimate == 0 {
+		return 0, nil
+	}
 	log.Info(fmt.Sprintf("temporary files: about %s in %s", scratch.Bytes(estimate), dir))
 	if err := scratch.Check(dir, least); err != nil {
 		return estimate, err
