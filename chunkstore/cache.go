@@ -25,7 +25,9 @@ const (
 	readPatience  = 500 * time.Millisecond
 	batchPatience = 10 * time.Second
 
-	closePatience = 1500 * time.Millisecond
+	// closePatience is how long the end of a container waits for its last chunks
+	// to reach the disk: what is dropped then, the next container fetches again.
+	closePatience = 5 * time.Second
 )
 
 // cache is a Fetcher's cache: reads that cannot fail, only miss, and writes in

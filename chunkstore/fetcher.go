@@ -131,6 +131,15 @@ func (f *Fetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i
 	return err
 }
 
+// Cached reports whether the cache has chunk c, without looking at its bytes.
+func (f *Fetcher) Cached(ctx context.Context, c index.Chunk) bool {
+	if f.cache == nil {
+		return false
+	}
+	ok, err := f.cache.store.Has(ctx, c.ID)
+	return ok && err == nil
+}
+
 // fetchCached gives emit those of wants that are in the cache. Several are read
 // at a time, as verifying a chunk takes longer than reading it.
 func (f *Fetcher) fetchCached(ctx context.Context, wants []*want, emit func(*want, []byte) error) error {

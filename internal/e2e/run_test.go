@@ -151,7 +151,7 @@ func TestStopEndsAtOnce(t *testing.T) {
 func TestAppIsAlone(t *testing.T) {
 	const script = `
 		echo "pid $$"
-		for p in /proc/[0-9]*; do tr '\0' ' ' < $p/cmdline; echo; done | grep -c boot
+		cat /proc/[0-9]*/comm | grep ^boot
 		grep -E 'Cap(Inh|Prm|Eff|Bnd|Amb)' /proc/self/status
 		ls -A /.bootfs 2>/dev/null
 		env | grep -E 'BLOB_STORE|BOOTFS'
@@ -178,7 +178,7 @@ func TestAppIsAlone(t *testing.T) {
 }
 
 func TestIdentity(t *testing.T) {
-	const script = `id; pwd; umask; ulimit -n; env | sort; stat -c '%n %a %u:%g' / /tmp /app /etc/shadow; ls -l /proc/1/exe /dev/fd /dev/stdin | cut -d' ' -f1,3,4,9-`
+	const script = `id; pwd; umask; ulimit -n; env | sort; stat -c '%n %a %u:%g' / /tmp /app /etc/shadow; readlink /proc/1/exe /dev/fd /dev/stdin`
 	for _, args := range [][]string{
 		nil,
 		{"--user", "root"},

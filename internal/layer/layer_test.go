@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -611,9 +610,14 @@ func TestGoCorpus(t *testing.T) {
 }
 
 func goCorpus(t testing.TB) map[string][]byte {
-	files, err := filepath.Glob(filepath.Join(runtime.GOROOT(), "src/archive/tar/testdata/*.tar"))
+	root, err := exec.Command("go", "env", "GOROOT").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pattern := filepath.Join(strings.TrimSpace(string(root)), "src/archive/tar/testdata/*.tar")
+	files, err := filepath.Glob(pattern)
 	if err != nil || len(files) == 0 {
-		t.Fatalf("no testdata of archive/tar in %s: %v", runtime.GOROOT(), err)
+		t.Fatalf("no %s: %v", pattern, err)
 	}
 	corpus := map[string][]byte{}
 	for _, f := range files {

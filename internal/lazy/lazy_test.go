@@ -467,6 +467,32 @@ func TestPrefetch(t *testing.T) {
 
 // A reader joins a batch under way, is not hurt when the prefetch is stopped,
 // and its chunk counts as read.
+// cachingFetcher has some chunks near.
+type cachingFetcher struct {
+	*fakeFetcher
+	near map[index.ID]bool
+}
+
+func (f *cachingFetcher) Cached(_ context.Context, c index.Chunk) bool { return f.near[c.ID] }
+
+func TestPrefetchPassesOverWhatIsCached(t *testing.T) {
+	x, fake, _ := testImage(t, []int{100, 200, 300})
+	f := &cachingFetcher{fakeFetcher: fake, near: map[index.ID]bool{}}
+	for _, i := range []int{0, 2} {
+		c, err := x.At(i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.near[c.ID] = true
+	}
+	if err := New(x, f, Options{}).Prefetch(t.Context(), slices.Values([]int{0, 1, 2})); err != nil {
+		t.Fatal(err)
+	}
+	if n := fake.fetched.Load(); n != 1 {
+		t.Errorf("got %d chunks fetched, want the one that is not cached", n)
+	}
+}
+
 func TestReaderJoinsPrefetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x, f, want := testImage(t, slices.Repeat([]int{1000}, 20))

@@ -28,6 +28,12 @@ const (
 	yieldMost = 100 * time.Millisecond
 )
 
+// cached is implemented by fetchers that tell without reading it whether a chunk
+// is near. The bytes are verified when they are read.
+type cached interface {
+	Cached(ctx context.Context, c index.Chunk) bool
+}
+
 // Prefetch fetches the chunks at positions of the index, in that order, so
 // that the fetcher's cache has them. They take no place among the recently
 // read ones, and readers go first. A chunk that cannot be had does not stop the
@@ -41,6 +47,7 @@ func (m *Image) Prefetch(ctx context.Context, positions iter.Seq[int]) error {
 		size    int
 	)
 	fail := func(err error) { once.Do(func() { failed = err }) }
+	here, _ := m.f.(cached)
 	batches.SetLimit(prefetchAhead)
 	flush := func() {
 		batch := cs
@@ -64,6 +71,9 @@ func (m *Image) Prefetch(ctx context.Context, positions iter.Seq[int]) error {
 		c, err := m.x.At(i)
 		if err != nil {
 			fail(fmt.Errorf("prefetch: %w", err))
+			continue
+		}
+		if here != nil && here.Cached(ctx, c) {
 			continue
 		}
 		cs = append(cs, c)
