@@ -378,8 +378,8 @@ func TestCloseIsBounded(t *testing.T) {
 		if err := f.Close(); err == nil {
 			t.Error("got no error, want one that says what was given up")
 		}
-		if took := time.Since(start); took > closePatience+time.Second {
-			t.Errorf("got %v, want at most %v", took, closePatience+time.Second)
+		if took := time.Since(start); took > 6*time.Second {
+			t.Errorf("got %v, want at most 6 s", took)
 		}
 		wantPlain(t, f, t.Context(), 1)
 		f.Close()
