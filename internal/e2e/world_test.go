@@ -36,6 +36,7 @@ type world struct {
 	layout   string         // the source image, as an OCI layout
 	source   string         // the source image, in the registry
 	image    string         // the converted image, in the registry
+	pulled   int64          // bytes of blobs that the engine pulled for it
 }
 
 var w *world
@@ -99,6 +100,10 @@ func runInWorld(m *testing.M) (code int, err error) {
 	w.image = w.proxy.address + "/python:converted"
 	if out, err := w.command("--boot", w.boot, "oci:"+layout, w.image).CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("convert: %w\n%s", err, out)
+	}
+	w.pulled = w.proxy.measure(func() { _, err = w.docker.Output(ctx, "pull", "--quiet", w.image) })
+	if err != nil {
+		return 0, err
 	}
 	return m.Run(), nil
 }
