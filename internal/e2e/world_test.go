@@ -219,7 +219,7 @@ func newCountingProxy(target string) *countingProxy {
 		ModifyResponse: func(r *http.Response) error {
 			if r.Request.Method == http.MethodGet && strings.Contains(r.Request.URL.Path, "/blobs/") {
 				p.gate.RLock()
-				p.gate.RUnlock()
+				defer p.gate.RUnlock()
 				r.Body = &countingBody{r.Body, &p.bytes}
 			}
 			return nil
