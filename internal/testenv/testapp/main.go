@@ -5,7 +5,6 @@
 //	testapp status          the lines of /proc/self/status
 //	testapp cat FILE...     the contents of files
 //	testapp exit N          exits N
-//	testapp clock           the monotonic clock when the program began, in nanoseconds
 //	testapp sleep           waits; prints "ready", and "stopped" and exits 0 on SIGTERM
 package main
 
@@ -17,20 +16,7 @@ import (
 	"os/signal"
 	"strconv"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
-
-// began is read before main so that it does not count what main does.
-var began = monotonic()
-
-func monotonic() int64 {
-	var ts unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts); err != nil {
-		panic(err)
-	}
-	return ts.Nano()
-}
 
 func main() {
 	if err := run(os.Args[1:]); err != nil {
@@ -60,8 +46,6 @@ func run(args []string) error {
 			return err
 		}
 		os.Exit(code)
-	case "clock":
-		fmt.Println(began)
 	case "sleep":
 		stop := make(chan os.Signal, 1)
 		signal.Notify(stop, syscall.SIGTERM)
