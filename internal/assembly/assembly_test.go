@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -232,10 +233,12 @@ func TestConfigIsKept(t *testing.T) {
 	for name, c := range map[string]string{
 		"no config at all": `{"os":"linux"}`,
 		"null":             `{"os":"linux","config":null,"history":null}`,
+		"null in history":  `{"os":"linux","history":[null]}`,
+		"nothing":          "null\n",
 		"other case":       `{"OS":"linux","Config":{"entrypoint":["/x"],"volumes":{"/v":null}}}`,
 	} {
 		cf := must(must(BootImage(testInput(t, testTree(t), c)))(t).ConfigFile())(t)
-		if cf.Config.Entrypoint[0] != bootimage.BootPath || len(cf.History) != 2 || len(cf.RootFS.DiffIDs) != 2 {
+		if cf.Config.Entrypoint[0] != bootimage.BootPath || len(cf.History) != 2+strings.Count(c, "[null]") || len(cf.RootFS.DiffIDs) != 2 {
 			t.Errorf("%s: %+v", name, cf)
 		}
 		if _, ok := cf.Config.Volumes[bootimage.WritablePath]; !ok {
@@ -315,6 +318,21 @@ func TestHostileLinks(t *testing.T) {
 		if strings.HasSuffix(line, "-> "+bootimage.BootPath) {
 			t.Errorf("link in a volume: %s", line)
 		}
+	}
+}
+
+// A configuration of 8 MiB can name the same directory a million times.
+func TestHostilePath(t *testing.T) {
+	src := testTree(t, "/bin 777 -> usr/bin")
+	usrBin := testTree(t, "/x 644 = x").Root
+	for i := range 10_000 {
+		usrBin.Entries[fmt.Sprint(i)] = usrBin.Entries["x"]
+	}
+	src.Root.Entries["usr"] = &tree.Inode{Mode: modeDir | 0o755, Entries: map[string]*tree.Inode{"bin": usrBin}}
+	began := time.Now()
+	must(newSkeleton(src, &v1.Config{Env: []string{"PATH=" + strings.Repeat("/bin:/usr/bin:", 1<<16)}}))(t)
+	if d := time.Since(began); d > 5*time.Second {
+		t.Errorf("took %s", d)
 	}
 }
 

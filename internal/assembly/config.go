@@ -3,6 +3,8 @@ package assembly
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -16,12 +18,14 @@ import (
 type object map[string]json.RawMessage
 
 func parseObject(what string, raw []byte) (object, error) {
-	o := object{}
-	if len(raw) == 0 || string(raw) == "null" {
-		return o, nil
+	var o object
+	if len(raw) > 0 {
+		if err := json.Unmarshal(raw, &o); err != nil {
+			return nil, fmt.Errorf("%s: %w", what, err)
+		}
 	}
-	if err := json.Unmarshal(raw, &o); err != nil {
-		return nil, fmt.Errorf("%s: %w", what, err)
+	if o == nil { // null
+		o = object{}
 	}
 	return o, nil
 }
@@ -30,9 +34,10 @@ func (o object) get(name string) json.RawMessage {
 	if v, ok := o[name]; ok {
 		return v
 	}
-	for k, v := range o {
+	// Where several differ in case alone, the choice must not be the map's.
+	for _, k := range slices.Sorted(maps.Keys(o)) {
 		if strings.EqualFold(k, name) {
-			return v
+			return o[k]
 		}
 	}
 	return nil
@@ -76,8 +81,11 @@ func bootConfig(raw []byte, source *v1.ConfigFile, layers []*imageLayer) ([]byte
 			return nil, fmt.Errorf("configuration: history: %w", err)
 		}
 	}
-	for _, h := range history {
-		if err := h.set("empty_layer", true); err != nil {
+	for i := range history {
+		if history[i] == nil { // null
+			history[i] = object{}
+		}
+		if err := history[i].set("empty_layer", true); err != nil {
 			return nil, err
 		}
 	}

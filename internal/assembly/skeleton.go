@@ -43,6 +43,7 @@ type skeleton struct {
 	src     *tree.Tree
 	files   map[string]file // by path without symlinks, "/" excluded
 	volumes []string        // declared ones, without symlinks
+	linked  map[string]bool // directories whose executables are linked, without symlinks
 	shipped int64           // bytes of the source's files
 }
 
@@ -52,7 +53,7 @@ func newSkeleton(src *tree.Tree, c *v1.Config) (*skeleton, error) {
 	if src.Lookup(bootimage.Dir) != nil {
 		return nil, fmt.Errorf("the source has a %s: it is converted already", bootimage.Dir)
 	}
-	s := &skeleton{src: src, files: map[string]file{}}
+	s := &skeleton{src: src, files: map[string]file{}, linked: map[string]bool{}}
 	// Engines mount here, and refuse to where a symlink is.
 	for _, name := range []string{"/proc", "/sys", "/dev", "/etc"} {
 		f := file{mode: modeDir | 0o755}
@@ -217,6 +218,10 @@ func (s *skeleton) linkAll(dir string) {
 		return
 	}
 	s.follow(dir)
+	if s.linked[at] {
+		return
+	}
+	s.linked[at] = true
 	for _, name := range n.Names() {
 		if len(s.files) > maxSkeleton {
 			return
