@@ -418,7 +418,16 @@ func (d *layoutDestination) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.made != "" {
-		return os.RemoveAll(d.made)
+		err := os.RemoveAll(d.dir)
+		// The directories above may have become another conversion's as well:
+		// they go as far as they are empty.
+		for p := filepath.Clean(d.dir); err == nil && p != d.made; {
+			p = filepath.Dir(p)
+			if os.Remove(p) != nil {
+				break
+			}
+		}
+		return err
 	}
 	var errs []error
 	for _, p := range d.written {

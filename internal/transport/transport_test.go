@@ -575,6 +575,21 @@ func TestFailureLeavesDestination(t *testing.T) {
 	}
 }
 
+// Two conversions make layouts in a directory that neither found. The one that
+// fails takes back its own layout only.
+func TestFailureLeavesNeighbour(t *testing.T) {
+	dir := t.TempDir()
+	failing := must(OpenDestination(context.Background(), mustParse(t, "oci:"+dir+"/new/sub/a"), Options{}))(t)
+	commit(t, "oci:"+dir+"/new/b", Options{}, nil, map[string]v1.Image{"amd64": testImage(t, "amd64", gzipLayers(t, "a")...)})
+	if err := failing.Close(); err != nil {
+		t.Error(err)
+	}
+	open(t, "oci:"+dir+"/new/b", Options{})
+	if _, err := os.Stat(dir + "/new/sub"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what the failed run made is still there: %v", err)
+	}
+}
+
 func failHalfway(t testing.TB, ref string, img v1.Image) {
 	t.Helper()
 	ctx := context.Background()
