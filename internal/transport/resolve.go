@@ -150,10 +150,17 @@ func (r *resolver) skip(m v1.Descriptor) string {
 		return "attestation"
 	case m.Platform.OS != "linux":
 		return "not a Linux platform"
-	case slices.ContainsFunc(r.images, func(i Image) bool { return i.Platform.Equals(*m.Platform) }):
-		return "a second image for the platform"
+	case r.has(*m.Platform):
+		return secondImage
 	}
 	return ""
+}
+
+// secondImage is why an image is skipped: engines take the first that fits.
+const secondImage = "a second image for the platform"
+
+func (r *resolver) has(p v1.Platform) bool {
+	return slices.ContainsFunc(r.images, func(i Image) bool { return i.Platform.Equals(p) })
 }
 
 func (r *resolver) addImage(ctx context.Context, d v1.Descriptor, raw []byte) error {
@@ -179,6 +186,10 @@ func (r *resolver) addImage(ctx context.Context, d v1.Descriptor, raw []byte) er
 	if d.Platform == nil {
 		r.platforms = append(r.platforms, platform)
 		if !matchesAny(platform, r.want) {
+			return nil
+		}
+		if r.has(platform) {
+			r.skipped = append(r.skipped, Skipped{Digest: d.Digest.String(), Platform: platform.String(), Reason: secondImage})
 			return nil
 		}
 	}

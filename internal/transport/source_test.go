@@ -200,6 +200,29 @@ func TestHostileManifests(t *testing.T) {
 	}
 }
 
+// Images of an index that states no platforms may be for the same one.
+func TestSecondImage(t *testing.T) {
+	image := func(variant string) (config, manifest string) {
+		config = fmt.Sprintf(`{"os":"linux","architecture":"amd64","rootfs":{"diff_ids":[]},"author":%q}`, variant)
+		return config, fmt.Sprintf(`{"schemaVersion":2,"config":{"mediaType":%q,"digest":%q,"size":%d},"layers":[]}`,
+			types.OCIConfigJSON, testPack(config).Digest, len(config))
+	}
+	c1, m1 := image("1")
+	c2, m2 := image("2")
+	var list []string
+	for _, m := range []string{m1, m2} {
+		list = append(list, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":%d}`, types.OCIManifestSchema1, testPack(m).Digest, len(m)))
+	}
+	dir := hostileLayout(t, types.OCIImageIndex, `{"schemaVersion":2,"manifests":[`+strings.Join(list, ",")+`]}`, c1, m1, c2, m2)
+	s := open(t, "oci:"+dir, Options{})
+	if len(s.Images()) != 1 || s.Images()[0].Config.Author != "1" {
+		t.Errorf("images %+v", s.Images())
+	}
+	if k := s.Skipped(); len(k) != 1 || k[0].Digest != testPack(m2).Digest || k[0].Platform != "linux/amd64" {
+		t.Errorf("skipped %+v", k)
+	}
+}
+
 func TestDamagedLayout(t *testing.T) {
 	img := testImage(t, "amd64", gzipLayers(t, "a")...)
 	layer := must(must(img.Layers())(t)[0].Digest())(t).Hex
