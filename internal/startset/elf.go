@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"path"
 	"slices"
 	"strings"
@@ -55,10 +56,15 @@ func (s *search) object(p string, n *tree.Inode) {
 		dir string // of the file, for $ORIGIN
 		o   object
 	}
+	loaded := map[string]bool{} // by name: as the loader, search for each once
 	for queue := []mapped{{path.Dir(p), main}}; len(queue) > 0; queue = queue[1:] {
 		at := queue[0]
 		for _, name := range at.o.needed {
+			if loaded[name] {
+				continue
+			}
 			lib, n, o := s.library(name, at.o, at.dir)
+			loaded[name] = n != nil
 			if n != nil && s.add(lib) {
 				queue = append(queue, mapped{path.Dir(lib), o})
 			}
@@ -74,6 +80,7 @@ func (s *search) library(name string, from object, origin string) (string, *tree
 			return "", nil, object{}
 		}
 		o, err := readObject(n)
+		s.left -= len(o.needed)
 		if err != nil || o.class != from.class || o.machine != from.machine {
 			return "", nil, object{}
 		}
@@ -82,28 +89,45 @@ func (s *search) library(name string, from object, origin string) (string, *tree
 	if strings.Contains(name, "/") {
 		return try(s.abs(name))
 	}
-	var dirs []string
-	for _, list := range []string{from.rpath, s.env("LD_LIBRARY_PATH")} {
-		for dir := range strings.SplitSeq(list, ":") {
-			if dir != "" {
-				dirs = append(dirs, strings.NewReplacer("${ORIGIN}", origin, "$ORIGIN", origin).Replace(dir))
-			}
+	for dir := range s.libraryDirs(from, origin) {
+		if s.left <= 0 {
+			break
 		}
-	}
-	dirs = append(dirs, s.loaderDirs()...)
-	if a := multiarch[from.machine]; a != "" {
-		dirs = append(dirs, "/lib/"+a, "/usr/lib/"+a)
-	}
-	if from.class == elf.ELFCLASS64 {
-		dirs = append(dirs, "/lib64", "/usr/lib64")
-	}
-	dirs = append(dirs, "/lib", "/usr/lib", "/usr/local/lib")
-	for _, dir := range dirs {
 		if p, n, o := try(s.abs(path.Join(dir, name))); n != nil {
 			return p, n, o
 		}
 	}
 	return "", nil, object{}
+}
+
+// libraryDirs yields the directories that the loader searches for a library of
+// from, which lies in origin.
+func (s *search) libraryDirs(from object, origin string) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		expand := strings.NewReplacer("${ORIGIN}", origin, "$ORIGIN", origin)
+		for dir := range strings.SplitSeq(from.rpath, ":") {
+			if dir != "" && !yield(expand.Replace(dir)) {
+				return
+			}
+		}
+		for _, dir := range s.libraryPath {
+			if !yield(expand.Replace(dir)) {
+				return
+			}
+		}
+		dirs := slices.Clone(s.loaderDirs())
+		if a := multiarch[from.machine]; a != "" {
+			dirs = append(dirs, "/lib/"+a, "/usr/lib/"+a)
+		}
+		if from.class == elf.ELFCLASS64 {
+			dirs = append(dirs, "/lib64", "/usr/lib64")
+		}
+		for _, dir := range append(dirs, "/lib", "/usr/lib", "/usr/local/lib") {
+			if !yield(dir) {
+				return
+			}
+		}
+	}
 }
 
 // multiarch names Debian's library directory of a machine.
@@ -169,6 +193,9 @@ func (s *search) glob(joined, given string) []string {
 	dir, pattern := path.Split(joined)
 	_, n := s.tree.Resolve(path.Clean(dir))
 	if n == nil || !n.IsDir() {
+		return nil
+	}
+	if s.left -= len(n.Entries); s.left < 0 {
 		return nil
 	}
 	var out []string

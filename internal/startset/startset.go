@@ -18,9 +18,10 @@ import (
 
 // Limits of the search. Real programs stay far below; hostile trees end here.
 const (
-	maxFiles  = 2000 // files in a start set
-	maxWords  = 256  // words of a command line that are looked up
-	maxScript = 5    // "#!" levels; the kernel allows as many
+	maxFiles   = 2000    // files in a start set
+	maxLookups = 200_000 // places that are looked at for them
+	maxWords   = 256     // words of a command line that are looked up
+	maxScript  = 5       // "#!" levels; the kernel allows as many
 )
 
 // Program is what an image's configuration says about its process.
@@ -36,7 +37,12 @@ const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 // Files returns the regular files that p reads at its start, as paths without
 // symlinks, each once, in the order in which they are read.
 func Files(t *tree.Tree, p Program) []string {
-	s := &search{tree: t, program: p, seen: map[string]bool{}}
+	s := &search{tree: t, program: p, left: maxLookups, seen: map[string]bool{}}
+	s.path = s.env("PATH")
+	if s.path == "" {
+		s.path = defaultPath
+	}
+	s.libraryPath = strings.FieldsFunc(s.env("LD_LIBRARY_PATH"), func(r rune) bool { return r == ':' })
 	s.words(p.Args)
 	return s.files
 }
@@ -47,8 +53,12 @@ type search struct {
 	program Program
 	files   []string
 	seen    map[string]bool
-	conf    []string // library directories of /etc/ld.so.conf, read once
-	read    bool     // conf is valid
+	left    int // of maxLookups
+
+	path        string   // as PATH has it
+	libraryPath []string // directories of LD_LIBRARY_PATH
+	conf        []string // library directories of /etc/ld.so.conf, read once
+	read        bool     // conf is valid
 }
 
 // words adds the program args[0], and those of its arguments that are programs
@@ -96,11 +106,10 @@ func (s *search) abs(p string) string {
 
 // lookPath finds an executable as a shell does.
 func (s *search) lookPath(name string) (string, bool) {
-	dirs := s.env("PATH")
-	if dirs == "" {
-		dirs = defaultPath
-	}
-	for dir := range strings.SplitSeq(dirs, ":") {
+	for dir := range strings.SplitSeq(s.path, ":") {
+		if s.left <= 0 {
+			break
+		}
 		p := s.abs(path.Join(dir, name))
 		if _, n := s.regular(p); n != nil && n.Mode&0o111 != 0 {
 			return p, true
@@ -109,8 +118,9 @@ func (s *search) lookPath(name string) (string, bool) {
 	return "", false
 }
 
+// env returns the value of a variable; of several, engines take the last.
 func (s *search) env(key string) string {
-	for _, e := range s.program.Env {
+	for _, e := range slices.Backward(s.program.Env) {
 		if v, ok := strings.CutPrefix(e, key+"="); ok {
 			return v
 		}
@@ -120,6 +130,9 @@ func (s *search) env(key string) string {
 
 // regular resolves p and returns it if it is a regular file, else nil.
 func (s *search) regular(p string) (string, *tree.Inode) {
+	if s.left--; s.left < 0 {
+		return "", nil
+	}
 	p, n := s.tree.Resolve(p)
 	if n == nil || !n.IsRegular() {
 		return "", nil

@@ -8,8 +8,10 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -176,6 +178,7 @@ func TestFiles(t *testing.T) {
 		{"missing", Program{Args: []string{"nosuch", "", "/no/such"}}, nil},
 		{"on PATH, through a link", Program{Args: []string{"python3"}}, []string{"/usr/bin/python3.11"}},
 		{"another PATH", Program{Args: []string{"python3"}, Env: []string{"PATH=/opt/bin:/usr/bin"}}, []string{"/opt/bin/python3"}},
+		{"PATH twice, the last counts", Program{Args: []string{"python3"}, Env: []string{"PATH=/opt/bin", "PATH=/usr/bin"}}, []string{"/usr/bin/python3.11"}},
 		{"directory link", Program{Args: []string{"/bin/python3"}}, []string{"/usr/bin/python3.11"}},
 		{"script in the working directory", Program{Args: []string{"python3", "main.py"}, WorkingDir: "/app"}, []string{"/usr/bin/python3.11", "/app/main.py"}},
 		{"entry point that runs its arguments", Program{Args: []string{"entry.sh", "nginx", "-g", "daemon off;"}},
@@ -196,6 +199,27 @@ func TestFiles(t *testing.T) {
 	}
 }
 
+// TestHostileLists wants an end soon where every word of a command line is
+// looked for in very many directories, and very many files include all others.
+func TestHostileLists(t *testing.T) {
+	tr := build(map[string]string{"/bin/sh": "x", "/etc/ld.so.conf": strings.Repeat("include /c/*\n", 5000)})
+	tr.Root.Entries["c"] = dir()
+	for i := range 10_000 {
+		tr.Root.Entries["c"].Entries[strconv.Itoa(i)] = tr.Lookup("/etc/ld.so.conf")
+	}
+	words := strings.Repeat("a b c d ", 64)
+	args := []string{"sh"}
+	for range 100 {
+		args = append(args, "-c", words)
+	}
+	began := time.Now()
+	Files(tr, Program{Args: args, Env: []string{"PATH=" + strings.Repeat("/x:", 1<<20)}})
+	(&search{tree: tr, left: maxLookups}).loaderDirs()
+	if d := time.Since(began); d > 5*time.Second {
+		t.Errorf("took %s", d)
+	}
+}
+
 // TestLibraryDirs wants the directories of the loader's configuration, each
 // once it is reached, and an include that includes itself to end.
 func TestLibraryDirs(t *testing.T) {
@@ -205,7 +229,7 @@ func TestLibraryDirs(t *testing.T) {
 		"/etc/ld.so.conf.d/b.conf.off": "/b/lib\n",
 		"/etc/ld-musl-x86_64.path":     "/musl/lib:/usr/lib\n",
 	})
-	s := &search{tree: tr, seen: map[string]bool{}}
+	s := &search{tree: tr, left: maxLookups, seen: map[string]bool{}}
 	got := s.loaderDirs()
 	for _, want := range []string{"/opt/lib", "/a/lib", "/musl/lib", "/usr/lib"} {
 		if !slices.Contains(got, want) {
