@@ -107,16 +107,21 @@ func (w *writer) walk(root *tree.Inode) error {
 		}
 		if len(top.names) == 0 {
 			// Its attributes last: filling it changed its time, and its mode
-			// may forbid what its owner has to do.
+			// may forbid what its owner has to do. That goes for looking into
+			// it as well, so they are set from the directory above.
 			w.report.Files++
-			if err := w.attributes(at, ".", top.node); err != nil {
+			name := "."
+			if len(stack) > 1 {
+				name = top.name
+				if err := move(".."); err != nil {
+					return fmt.Errorf("%s: %w", where(".."), err)
+				}
+			}
+			if err := w.attributes(at, name, top.node); err != nil {
 				return fmt.Errorf("%s: %w", where(""), err)
 			}
 			if len(stack) == 1 {
 				return nil
-			}
-			if err := move(".."); err != nil {
-				return fmt.Errorf("%s: %w", where(".."), err)
 			}
 			stack = stack[:len(stack)-1]
 			continue
