@@ -3,17 +3,23 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
+	"os"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"strings"
+	"syscall"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
 
+	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
@@ -97,15 +103,21 @@ func newRoot(s stdio) *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return runConvert(cmd.Context(), f, args[0], args[1])
+			err := runConvert(cmd.Context(), f, args[0], args[1])
+			var e *convert.Error
+			if hint := meant(cmd, args); hint != "" && errors.As(err, &e) && e.Part == convert.Source {
+				err = fmt.Errorf("%w%s", err, hint)
+			}
+			return err
 		},
-		CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+		SuggestionsMinimumDistance: 2,
+		CompletionOptions:          cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usagef("%w", err) })
 	p := root.PersistentFlags()
-	p.StringSliceVar(&c.platforms, "platform", nil, "only these platforms, as OS/ARCH[/VARIANT]")
-	p.StringVar(&c.tempDir, "tmp-dir", "", "directory for temporary files (default $TMPDIR or /tmp)")
-	p.StringSliceVar(&c.insecure, "insecure", nil, "registries, as HOST[:PORT], without TLS or without a valid certificate")
+	p.StringSliceVar(&c.platforms, "platform", nil, "only this platform, `OS/ARCH[/VARIANT]`; may be repeated")
+	p.StringVar(&c.tempDir, "tmp-dir", "", "`DIR` for temporary files (default $TMPDIR or /tmp)")
+	p.StringSliceVar(&c.insecure, "insecure", nil, "`HOST[:PORT]` of a registry without TLS or without a valid certificate; may be repeated")
 	p.BoolVarP(&c.quiet, "quiet", "q", false, "no progress, only warnings and errors")
 	p.BoolVar(&c.json, "json", false, "write the result as JSON")
 	f.register(root)
@@ -123,14 +135,30 @@ const envHelp = `Environment:
 func exactArgs(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) != len(names) {
-			return usagef("got %d arguments, want %s; see %s --help", len(args), strings.Join(names, " "), cmd.CommandPath())
+			return usagef("got %d arguments, want %s; see %s --help%s",
+				len(args), strings.Join(names, " "), cmd.CommandPath(), meant(cmd, args))
 		}
 		return nil
 	}
 }
 
+// meant is what to add to a failure when the first argument, which is taken
+// for an image, may be a command with a slip in it; else "".
+func meant(cmd *cobra.Command, args []string) string {
+	if len(args) == 0 || args[0] == "" {
+		return ""
+	}
+	if names := cmd.SuggestionsFor(args[0]); len(names) > 0 {
+		return "; did you mean " + cmd.CommandPath() + " " + strings.Join(names, " or ") + "?"
+	}
+	return ""
+}
+
 // ref parses an image name of the command line.
 func (c *common) ref(s string) (transport.Ref, error) {
+	if strings.HasPrefix(s, "/") || strings.HasPrefix(s, ".") {
+		return transport.Ref{}, usagef("image %q: a path needs a transport: oci:%[1]s, oci-archive:%[1]s or docker-archive:%[1]s", s)
+	}
 	r, err := transport.Parse(s, c.getenv(envBareTransport))
 	if err != nil {
 		return transport.Ref{}, usagef("%w", err)
@@ -141,6 +169,11 @@ func (c *common) ref(s string) (transport.Ref, error) {
 // transportOptions are what the flags say about reaching images.
 func (c *common) transportOptions() (transport.Options, error) {
 	o := transport.Options{TempDir: c.tempDir, Insecure: c.insecure}
+	if c.tempDir != "" {
+		if err := isDir(c.tempDir); err != nil {
+			return o, usagef("--tmp-dir %s: %w", c.tempDir, err)
+		}
+	}
 	for _, s := range c.platforms {
 		p, err := transport.ParsePlatform(s)
 		if err != nil {
@@ -172,6 +205,45 @@ func onePlatform[T any](images []T, platform func(T) v1.Platform, asked bool) (T
 	}
 	var none T
 	return none, usagef("the image is for several platforms, choose one with --platform: %s", strings.Join(have, ", "))
+}
+
+// isDir returns nil if name is a directory, else what is wrong with it.
+func isDir(name string) error {
+	info, err := os.Stat(name)
+	if err != nil {
+		return bare(err)
+	}
+	if !info.IsDir() {
+		return syscall.ENOTDIR
+	}
+	return nil
+}
+
+// bare strips from a file's error the operation and the path, which may be that
+// of a temporary file: the caller names what the user has named.
+func bare(err error) error {
+	if e := (*fs.PathError)(nil); errors.As(err, &e) {
+		return e.Err
+	}
+	return err
+}
+
+// storeScheme matches the beginning of a store's address that is not a
+// directory. One of that name is written with ./ before it.
+var storeScheme = regexp.MustCompile(`^[a-z][a-z0-9+.-]*:`)
+
+// checkStore refuses an address of a kind that is not known, which would be
+// taken for a directory.
+func checkStore(address string) error {
+	switch storeScheme.FindString(address) {
+	case "", "oci:":
+		return nil
+	case "registry:", "registry+http:":
+		if strings.Contains(address, "://") {
+			return nil
+		}
+	}
+	return usagef("--store %s: want a directory or registry://HOST/REPOSITORY", address)
 }
 
 // absStores makes directories among addresses absolute.

@@ -25,8 +25,8 @@ type convertFlags struct {
 
 func (f *convertFlags) register(cmd *cobra.Command) {
 	fs := cmd.Flags()
-	fs.StringVar(&f.store, "store", "", "where the chunks go: a directory or registry://HOST/REPOSITORY (default packs beside the image)")
-	fs.StringVar(&f.boot, "boot", "", "boot binary to put into the image (default the built-in one)")
+	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to: a directory or registry://HOST/REPOSITORY (default packs beside the image)")
+	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 
 func runConvert(ctx context.Context, f *convertFlags, source, destination string) error {
@@ -45,6 +45,9 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 	store := f.store
 	if store == "" && !dst.HoldsPacks() {
 		store = f.getenv(envStore)
+	}
+	if err := checkStore(store); err != nil {
+		return err
 	}
 	boot := builtInBoot
 	if f.boot != "" {

@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -10,7 +12,6 @@ import (
 
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/converted"
-	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/unpack"
 )
 
@@ -34,7 +35,8 @@ the index from which casync makes that image, given the chunks:
   casync extract --store=/srv/rootfs.castr rootfs.caibx rootfs.erofs
 
 Owners, devices and privileged attributes need root; who is not root gets the
-rest, and is told.`,
+rest, and is told. A missing or damaged chunk is noticed before DIR is touched;
+a full disk or an interrupt leaves there what was written by then.`,
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 1 && (f.image != "" || f.index != "") {
 				return nil
@@ -46,8 +48,8 @@ rest, and is told.`,
 		},
 	}
 	f.register(cmd)
-	cmd.Flags().StringVar(&f.image, "image", "", "write the root as an EROFS image to this file")
-	cmd.Flags().StringVar(&f.index, "index", "", "write the index of the root (.caibx) to this file")
+	cmd.Flags().StringVar(&f.image, "image", "", "`FILE` to write the root to as an EROFS image")
+	cmd.Flags().StringVar(&f.index, "index", "", "`FILE` to write the index of the root (.caibx) to")
 	return cmd
 }
 
@@ -61,6 +63,9 @@ type extraction struct {
 }
 
 func runExtract(ctx context.Context, f *extractFlags, args []string) error {
+	if err := f.checkDestinations(args[1]); err != nil {
+		return &convert.Error{Part: convert.Destination, Err: err}
+	}
 	d := f.display()
 	defer d.close()
 	o, err := f.open(ctx, args[0], d)
@@ -107,6 +112,31 @@ func runExtract(ctx context.Context, f *extractFlags, args []string) error {
 	return nil
 }
 
+// checkDestinations looks for what would be noticed only after everything was
+// fetched.
+func (f *extractFlags) checkDestinations(dir string) error {
+	for _, name := range []string{f.image, f.index} {
+		if name == "" {
+			continue
+		}
+		if err := isDir(filepath.Dir(name)); err != nil {
+			return fmt.Errorf("extract to %s: %s: %w", name, filepath.Dir(name), err)
+		}
+	}
+	if dir == "" {
+		return nil
+	}
+	switch names, err := os.ReadDir(dir); {
+	case errors.Is(err, fs.ErrNotExist): // it is made
+		return nil
+	case err != nil:
+		return fmt.Errorf("extract to %s: %w", dir, bare(err))
+	case len(names) > 0:
+		return fmt.Errorf("extract to %s: it is not empty: it has %q", dir, names[0].Name())
+	}
+	return nil
+}
+
 // extractDir fetches the whole root before it writes the first file, so that a
 // missing chunk leaves no half of a directory.
 func (f *extractFlags) extractDir(ctx context.Context, d display, img *converted.Image, dir string, result *extraction) error {
@@ -145,21 +175,31 @@ const (
 
 // replaceFile gives name the content that fill writes, or leaves it as it was.
 func replaceFile(name string, fill func(*os.File) error) error {
+	failed := func(err error) error {
+		return &convert.Error{Part: convert.Destination, Err: fmt.Errorf("write %s: %w", name, bare(err))}
+	}
 	w, err := os.CreateTemp(filepath.Dir(name), "."+filepath.Base(name)+".*")
 	if err != nil {
-		return err
+		return failed(err)
 	}
 	defer os.Remove(w.Name())
 	defer w.Close()
 	if err := fill(w); err != nil {
-		return scratch.Explain(filepath.Dir(name), err)
+		// It may have failed to read what it writes.
+		if e := (*fs.PathError)(nil); errors.As(err, &e) && e.Path == w.Name() {
+			return failed(err)
+		}
+		return err
 	}
 	if err := w.Chmod(0o644); err != nil {
-		return err
+		return failed(err)
 	}
 	// A name that survives a power cut must not lead to an empty file.
 	if err := w.Sync(); err != nil {
-		return scratch.Explain(filepath.Dir(name), err)
+		return failed(err)
 	}
-	return os.Rename(w.Name(), name)
+	if err := os.Rename(w.Name(), name); err != nil {
+		return &convert.Error{Part: convert.Destination, Err: err}
+	}
+	return nil
 }

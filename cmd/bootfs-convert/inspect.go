@@ -23,7 +23,7 @@ type readFlags struct {
 }
 
 func (f *readFlags) register(cmd *cobra.Command) {
-	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "where to look for chunks first: a directory, registry://HOST/REPOSITORY or oci:DIR")
+	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "`STORE` to look for chunks in first: a directory, registry://HOST/REPOSITORY or oci:DIR; may be repeated")
 }
 
 // open opens a converted image.
@@ -35,6 +35,11 @@ func (f *readFlags) open(ctx context.Context, image string, d display) (*convert
 	t, err := f.transportOptions()
 	if err != nil {
 		return nil, err
+	}
+	for _, s := range f.stores {
+		if err := checkStore(s); err != nil {
+			return nil, err
+		}
 	}
 	list := f.stores
 	if len(list) == 0 {

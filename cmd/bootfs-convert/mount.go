@@ -33,11 +33,14 @@ unmounted or the command is interrupted. Chunks are fetched when they are read.`
 		},
 	}
 	f.register(cmd)
-	cmd.Flags().StringVar(&f.cache, "cache", "", "directory to keep fetched chunks in, shared by all who name it")
+	cmd.Flags().StringVar(&f.cache, "cache", "", "`DIR` to keep fetched chunks in, shared by all who name it")
 	return cmd
 }
 
 func runMount(ctx context.Context, f *mountFlags, image, dir string) error {
+	if err := isDir(dir); err != nil {
+		return usagef("mount on %s: %w", dir, err)
+	}
 	d := f.display()
 	defer d.close()
 	o, err := f.open(ctx, image, d)

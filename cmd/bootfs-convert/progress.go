@@ -33,10 +33,17 @@ func (c *common) display() display {
 	if c.quiet {
 		return &lines{w: c.stderr, every: -1}
 	}
-	if f, ok := c.stderr.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+	if f, ok := c.stderr.(*os.File); ok && hasSize(f) {
 		return &bars{p: mpb.New(mpb.WithOutput(f), mpb.WithWidth(40)), bars: map[string]*mpb.Bar{}}
 	}
 	return &lines{w: c.stderr, every: 10 * time.Second}
+}
+
+// hasSize reports whether f is a terminal that has room for bars. A
+// pseudo-terminal of CI may have no lines, and nothing would be shown on it.
+func hasSize(f *os.File) bool {
+	width, height, err := term.GetSize(int(f.Fd()))
+	return err == nil && width > 0 && height > 0
 }
 
 // logger writes what people should know.
@@ -139,8 +146,14 @@ func (b *bars) event(e convert.Event) {
 	name := title(e)
 	bar := b.bars[name]
 	if bar == nil {
-		bar = b.p.AddBar(e.Total,
-			mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR), decor.CountersKiloByte("% .1f / % .1f", decor.WCSyncSpace)),
+		// Without a total there is a count and no bar.
+		var filler mpb.BarFillerBuilder = mpb.BarStyle()
+		count := decor.CountersKiloByte("% .1f / % .1f", decor.WCSyncSpace)
+		if e.Total <= 0 {
+			filler, count = mpb.NopStyle(), decor.CurrentKiloByte("% .1f", decor.WCSyncSpace)
+		}
+		bar = b.p.New(e.Total, filler,
+			mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR), count),
 			mpb.AppendDecorators(decor.AverageSpeed(decor.SizeB1000(0), "% .0f", decor.WCSyncSpace)))
 		b.bars[name] = bar
 	}
