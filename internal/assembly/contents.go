@@ -2,7 +2,6 @@ package assembly
 
 import (
 	"archive/tar"
-	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -12,9 +11,6 @@ import (
 	"io"
 	"path"
 	"slices"
-
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/layer"
@@ -95,24 +91,17 @@ func newContents(found map[string][]byte) (*Contents, error) {
 // readLayer adds the boot image's files that l holds to found, unless a layer
 // above had them.
 func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error {
-	stored, err := l.Open(ctx)
-	if err != nil {
-		return err
-	}
-	defer stored.Close()
-	plain, closePlain, err := decompress(stored)
-	if err != nil {
-		return err
-	}
-	defer closePlain()
 	limit := int64(minPlain)
 	if l.Size > 0 {
 		limit += maxExpansion * l.Size
 	}
-	sum := sha256.New()
-	r := &boundedReader{r: io.TeeReader(plain, sum), left: limit, limit: limit}
+	plain, err := layer.OpenPlain(ctx, l, limit, nil)
+	if err != nil {
+		return err
+	}
+	defer plain.Close()
 	here := map[string][]byte{}
-	for t := tar.NewReader(r); ; {
+	for t := tar.NewReader(plain); ; {
 		h, err := t.Next()
 		if err == io.EOF {
 			break
@@ -136,11 +125,8 @@ func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error
 		here[name] = b.Bytes()
 	}
 	// The digest covers what follows the archive, too.
-	if _, err := io.Copy(io.Discard, r); err != nil {
+	if _, err := io.Copy(io.Discard, plain); err != nil {
 		return err
-	}
-	if got := fmt.Sprintf("sha256:%x", sum.Sum(nil)); l.DiffID != "" && got != l.DiffID {
-		return fmt.Errorf("its plain content is %s, the image's configuration says %s", got, l.DiffID)
 	}
 	for name, b := range here {
 		if _, ok := found[name]; !ok {
@@ -148,39 +134,4 @@ func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error
 		}
 	}
 	return nil
-}
-
-// decompress reads gzip, zstd (after a copy that recompressed) and plain tars.
-func decompress(stored io.Reader) (plain io.Reader, done func(), err error) {
-	b := bufio.NewReaderSize(stored, 64<<10)
-	magic, err := b.Peek(4)
-	if err != nil && err != io.EOF {
-		return nil, nil, err
-	}
-	switch {
-	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
-		z, err := gzip.NewReader(b)
-		return z, func() {}, err
-	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(64<<20))
-		if err != nil {
-			return nil, nil, err
-		}
-		return z, z.Close, nil
-	}
-	return b, func() {}, nil
-}
-
-// boundedReader fails where a layer becomes larger than it may be.
-type boundedReader struct {
-	r           io.Reader
-	left, limit int64 // bytes
-}
-
-func (b *boundedReader) Read(p []byte) (int, error) {
-	n, err := b.r.Read(p)
-	if b.left -= int64(n); b.left < 0 {
-		return 0, fmt.Errorf("it is larger than %d bytes when decompressed", b.limit)
-	}
-	return n, err
 }

@@ -4,8 +4,10 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"math"
 	"sync"
@@ -18,51 +20,90 @@ import (
 // command without --long, and so of every layer that an engine can read.
 const maxWindow = 128 << 20
 
-// openStored returns the plain bytes of b, decompressed ahead of the reader.
-func openStored(ctx context.Context, b Blob, progress func(int64)) (io.ReadCloser, error) {
-	var rc io.ReadCloser
+// Decompress returns the plain bytes of r, which it recognises by its first
+// bytes: those of gzip or zstd, or r itself where it is in neither form. format
+// names the form, "" for none. Close leaves r open.
+func Decompress(r io.Reader) (plain io.ReadCloser, format string, err error) {
+	b := bufio.NewReaderSize(r, 64<<10)
+	magic, err := b.Peek(10)
+	if err != nil && err != io.EOF {
+		return nil, "", err
+	}
+	switch {
+	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
+		z, err := gzip.NewReader(b)
+		if err != nil {
+			return nil, "", fmt.Errorf("gzip: %w", noEOF(err))
+		}
+		return named{"gzip", z}, "gzip", nil
+	case bytes.HasPrefix(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}),
+		// A skippable frame: zstd:chunked puts some behind the content, and
+		// a writer may put one in front.
+		len(magic) >= 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:4], []byte{0x2a, 0x4d, 0x18}):
+		z, err := zstd.NewReader(b, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		if err != nil {
+			return nil, "", fmt.Errorf("zstd: %w", err)
+		}
+		return named{"zstd", z.IOReadCloser()}, "zstd", nil
+	case len(magic) == 10 && bytes.HasPrefix(magic, []byte("BZh")) && bytes.Equal(magic[4:], []byte("1AY&SY")):
+		return nil, "", errors.New("compressed with bzip2: only gzip, zstd and plain tar can be read")
+	case bytes.HasPrefix(magic, []byte("\xfd7zXZ\x00")):
+		return nil, "", errors.New("compressed with xz: only gzip, zstd and plain tar can be read")
+	}
+	return io.NopCloser(b), "", nil
+}
+
+// OpenPlain opens the plain tar of b, decompressed ahead of the reader. It
+// fails behind limit bytes, and ends with io.EOF only if the bytes are those
+// of b.DiffID. progress is told of the stored bytes read; nil = nobody asks.
+func OpenPlain(ctx context.Context, b Blob, limit int64, progress func(stored int64)) (io.ReadCloser, error) {
+	p := &plainReader{want: b.DiffID, left: limit, limit: limit}
+	if b.DiffID != "" {
+		p.sum = sha256.New()
+	}
 	if b.Plain != nil {
 		size := b.Size
 		if size < 0 {
 			size = math.MaxInt64
 		}
-		rc = io.NopCloser(io.NewSectionReader(b.Plain, 0, size))
-	} else {
-		var err error
-		if rc, err = b.Open(ctx); err != nil {
-			return nil, err
-		}
+		stored := &storedReader{ctx: ctx, r: io.NewSectionReader(b.Plain, 0, size), progress: progress}
+		p.ReadCloser = startAhead(io.NopCloser(stored), io.NopCloser(nil))
+		return p, nil
 	}
-	stored := bufio.NewReaderSize(&storedReader{ctx: ctx, r: rc, progress: progress}, 64<<10)
-	if b.Plain != nil {
-		return startAhead(stored, rc, nil), nil
+	rc, err := b.Open(ctx)
+	if err != nil {
+		return nil, err
 	}
-	magic, err := stored.Peek(4)
-	if err != nil && err != io.EOF {
+	plain, _, err := Decompress(&storedReader{ctx: ctx, r: rc, progress: progress})
+	if err != nil {
 		return nil, errors.Join(err, rc.Close())
 	}
-	switch {
-	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
-		z, err := gzip.NewReader(stored)
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("gzip: %w", noEOF(err)), rc.Close())
-		}
-		return startAhead(named{"gzip", z}, rc, nil), nil
-	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}),
-		// A skippable frame: zstd:chunked puts some behind the content, and
-		// a writer may put one in front.
-		len(magic) == 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:], []byte{0x2a, 0x4d, 0x18}):
-		z, err := zstd.NewReader(stored, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
-		if err != nil {
-			return nil, errors.Join(fmt.Errorf("zstd: %w", err), rc.Close())
-		}
-		return startAhead(named{"zstd", z}, rc, z.Close), nil
-	case bytes.HasPrefix(magic, []byte("BZh")):
-		return nil, errors.Join(errors.New("compressed with bzip2: only gzip, zstd and plain tar are layers"), rc.Close())
-	case bytes.Equal(magic, []byte("\xfd7zX")):
-		return nil, errors.Join(errors.New("compressed with xz: only gzip, zstd and plain tar are layers"), rc.Close())
+	p.ReadCloser = startAhead(plain, rc)
+	return p, nil
+}
+
+// plainReader checks and bounds the plain bytes of a layer.
+type plainReader struct {
+	io.ReadCloser
+	want        string    // DiffID
+	sum         hash.Hash // nil = no DiffID
+	left, limit int64     // bytes
+}
+
+func (r *plainReader) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
+	if r.sum != nil {
+		r.sum.Write(p[:n])
 	}
-	return startAhead(stored, rc, nil), nil
+	if r.left -= int64(n); r.left < 0 {
+		return 0, fmt.Errorf("holds more than %d bytes when decompressed: refused", r.limit)
+	}
+	if err == io.EOF && r.sum != nil {
+		if got := fmt.Sprintf("sha256:%x", r.sum.Sum(nil)); got != r.want {
+			err = fmt.Errorf("its plain content is %s, the image's configuration says %s", got, r.want)
+		}
+	}
+	return n, err
 }
 
 // storedReader counts the stored bytes and ends with its context.
@@ -86,11 +127,11 @@ func (r *storedReader) Read(p []byte) (int, error) {
 // named says in an error which decompressor it came from.
 type named struct {
 	name string
-	r    io.Reader
+	io.ReadCloser
 }
 
 func (n named) Read(p []byte) (int, error) {
-	k, err := n.r.Read(p)
+	k, err := n.ReadCloser.Read(p)
 	if err != nil && err != io.EOF {
 		err = fmt.Errorf("%s: %w", n.name, err)
 	}
@@ -104,8 +145,8 @@ type ahead struct {
 	free   chan []byte
 	stop   chan struct{}
 	done   chan struct{}
+	plain  io.Closer // the decompressor
 	source io.Closer
-	end    func() // gives up the decompressor; nil = nothing to do
 	once   sync.Once
 
 	whole []byte // goes back to free when rest is used up
@@ -123,11 +164,11 @@ const (
 	aheadSize   = 256 << 10 // bytes
 )
 
-func startAhead(r io.Reader, source io.Closer, end func()) *ahead {
+func startAhead(plain io.ReadCloser, source io.Closer) *ahead {
 	a := &ahead{
 		full: make(chan piece, aheadPieces), free: make(chan []byte, aheadPieces),
 		stop: make(chan struct{}), done: make(chan struct{}),
-		source: source, end: end,
+		plain: plain, source: source,
 	}
 	for range aheadPieces {
 		a.free <- make([]byte, aheadSize)
@@ -139,7 +180,7 @@ func startAhead(r io.Reader, source io.Closer, end func()) *ahead {
 			case <-a.stop:
 				return
 			case p := <-a.free:
-				n, err := io.ReadFull(r, p)
+				n, err := io.ReadFull(plain, p)
 				if err == io.ErrUnexpectedEOF && n < len(p) {
 					// ReadFull's word for the end behind n bytes; a decompressor's
 					// own unexpected end has its name around it.
@@ -179,9 +220,7 @@ func (a *ahead) Close() (err error) {
 		close(a.stop)
 		err = a.source.Close()
 		<-a.done
-		if a.end != nil {
-			a.end()
-		}
+		_ = a.plain.Close() // it only gives up memory
 	})
 	return err
 }

@@ -16,10 +16,8 @@ package layer
 import (
 	"bufio"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
 	"os"
 
@@ -115,15 +113,11 @@ func Read(ctx context.Context, b Blob, o Options) (*Layer, error) {
 // read returns the layer also with an error, for Close.
 func read(ctx context.Context, b Blob, o Options) (*Layer, error) {
 	l := &Layer{name: b.Name, limits: o.Limits.withDefaults()}
-	stored, err := openStored(ctx, b, o.Progress)
+	plain, err := OpenPlain(ctx, b, l.limits.Bytes, o.Progress)
 	if err != nil {
 		return l, err
 	}
-	defer stored.Close()
-	plain := &plainReader{r: stored, left: l.limits.Bytes, limit: l.limits.Bytes}
-	if b.DiffID != "" {
-		plain.sum = sha256.New()
-	}
+	defer plain.Close()
 	lister := lister{layer: l, tar: scanner{r: bufio.NewReaderSize(plain, 128<<10)}}
 	if b.Plain != nil {
 		lister.source = b.Plain
@@ -139,33 +133,8 @@ func read(ctx context.Context, b Blob, o Options) (*Layer, error) {
 		return l, err
 	}
 	// What follows the end of the archive belongs to the DiffID as well.
-	if _, err := io.Copy(io.Discard, lister.tar.r); err != nil {
-		return l, fmt.Errorf("after the end of the archive: %w", err)
-	}
-	if plain.sum != nil {
-		if got := fmt.Sprintf("sha256:%x", plain.sum.Sum(nil)); got != b.DiffID {
-			return l, fmt.Errorf("its plain content is %s, the image's configuration says %s", got, b.DiffID)
-		}
-	}
-	return l, nil
-}
-
-// plainReader hashes and bounds the plain bytes of a layer.
-type plainReader struct {
-	r           io.Reader
-	sum         hash.Hash // nil = nobody asks
-	left, limit int64
-}
-
-func (r *plainReader) Read(p []byte) (int, error) {
-	n, err := r.r.Read(p)
-	if r.sum != nil {
-		r.sum.Write(p[:n])
-	}
-	if r.left -= int64(n); r.left < 0 {
-		return 0, fmt.Errorf("holds more than %d bytes when decompressed: refused", r.limit)
-	}
-	return n, err
+	_, err = io.Copy(io.Discard, lister.tar.r)
+	return l, err
 }
 
 // lister makes the entries of a layer from the headers of its tar.

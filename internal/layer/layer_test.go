@@ -128,6 +128,13 @@ func TestStoredForms(t *testing.T) {
 	}
 }
 
+// The name of its first file stands where a compressed layer has its magic.
+func TestPlainLayerLikeBzip2(t *testing.T) {
+	if mustMerge(t, pack(t, []item{reg("BZh9.txt", "x")})).Lookup("/BZh9.txt") == nil {
+		t.Error("the file is missing")
+	}
+}
+
 func TestReadErrors(t *testing.T) {
 	plain := someTar(t)
 	packed, packedZ := gz(t, plain), zst(t, plain)

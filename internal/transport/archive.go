@@ -15,9 +15,8 @@ import (
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
 
+	"github.com/container-bootfs/bootfs/internal/layer"
 	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -51,32 +50,16 @@ func openArchive(ctx context.Context, path string, o Options) (*archive, error) 
 		f.Close()
 		return nil, fmt.Errorf("%s is a directory, not an archive; did you mean oci:%s?", path, path)
 	}
-	magic := make([]byte, 4)
-	n, err := io.ReadFull(f, magic)
-	if err != nil && err != io.ErrUnexpectedEOF && err != io.EOF {
+	plain, format, err := layer.Decompress(f)
+	if err != nil {
 		f.Close()
-		return nil, err
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
-	whole := io.MultiReader(bytes.NewReader(magic[:n]), f)
-	var plain io.Reader
-	switch {
-	case bytes.HasPrefix(magic, []byte{0x1f, 0x8b}):
-		plain, err = gzip.NewReader(whole)
-	case bytes.Equal(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}):
-		var z *zstd.Decoder
-		if z, err = zstd.NewReader(whole, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(128<<20)); err == nil {
-			defer z.Close()
-			plain = z
-		}
-	case info.Mode().IsRegular():
+	if format == "" && info.Mode().IsRegular() {
 		return scanArchive(ctx, f)
-	default:
-		plain = whole
 	}
 	defer f.Close()
-	if err != nil {
-		return nil, fmt.Errorf("decompress %s: %w", path, err)
-	}
+	defer plain.Close()
 	if err := scratch.Check(o.TempDir, info.Size()); err != nil {
 		return nil, err
 	}
