@@ -147,44 +147,30 @@ func (s *skeleton) add(at string, f file) {
 }
 
 // follow enters the directories and symlinks through which name leads, as they
-// are in the source. It returns what they lead to, nil for nothing.
-func (s *skeleton) follow(name string) *tree.Inode {
-	_, end := s.src.Resolve(name)
-	if end == nil {
-		return nil
+// are in the source; none if name leads to nothing.
+func (s *skeleton) follow(name string) {
+	if _, end := s.src.Resolve(name); end == nil {
+		return
 	}
-	// The walk is Resolve's, which has found it to be finite.
-	at, rest := "/", name
-	for rest != "" {
-		var c string
-		c, rest, _ = strings.Cut(rest, "/")
-		next := path.Join(at, c)
-		n := s.src.Lookup(next)
-		switch {
-		case next == "/" || c == ".." || c == "." || c == "":
-			at = next
-		case n.IsSymlink():
-			s.add(next, fileOf(n))
-			if path.IsAbs(n.Target) {
-				at = "/"
-			}
-			rest = n.Target + "/" + rest
-		case n.IsDir():
-			s.add(next, fileOf(n))
-			at = next
-		default:
-			return end
+	type place struct {
+		path string
+		node *tree.Inode
+	}
+	// Resolve has found that no step fails.
+	_, _ = tree.Follow(place{"/", s.src.Root}, name, func(dir place, base string, _ bool) (next place, link string, err error) {
+		next = place{path.Join(dir.path, base), dir.node.Entries[base]}
+		if next.node.IsDir() || next.node.IsSymlink() {
+			s.add(next.path, fileOf(next.node))
 		}
-	}
-	return end
+		return next, next.node.Target, nil
+	})
 }
 
 // followDir is follow for what leads to a directory; other paths are ignored.
-func (s *skeleton) followDir(name string) *tree.Inode {
-	if _, n := s.src.Resolve(name); n == nil || !n.IsDir() {
-		return nil
+func (s *skeleton) followDir(name string) {
+	if _, n := s.src.Resolve(name); n != nil && n.IsDir() {
+		s.follow(name)
 	}
-	return s.follow(name)
 }
 
 // ship enters a file of the source with its content.

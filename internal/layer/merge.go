@@ -1,10 +1,10 @@
 package layer
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -88,15 +88,11 @@ func (d *diff) note(dir *tree.Inode) *note {
 
 var (
 	errNotDir = errors.New("a file in its path is not a directory")
-	errLoop   = errors.New("too many levels of symlinks")
 	errDepth  = fmt.Errorf("more than %d directories deep: refused", maxDepth)
 	errCount  = errors.New("the layer implies more directories than a layer may have entries: refused")
 )
 
-const (
-	maxDepth = 5000 // directories above one another
-	maxLinks = 40   // symlinks in one path, as in Linux
-)
+const maxDepth = 5000 // directories above one another
 
 // apply puts one entry into the layer's tree.
 func (d *diff) apply(e *entry) error {
@@ -168,48 +164,37 @@ func (d *diff) parent(path string) (*tree.Inode, error) {
 	if d.dir != nil && d.dirPath == path {
 		return d.dir, nil
 	}
-	at := []*tree.Inode{d.root}
-	links := 0
-	for rest := path; rest != ""; {
-		var c string
-		c, rest, _ = strings.Cut(rest, "/")
-		dir := at[len(at)-1]
-		switch c {
-		case "", ".":
-			continue
-		case "..":
-			at = at[:max(1, len(at)-1)]
-			continue
-		}
-		n := dir.Entries[c]
+	type place struct {
+		dir   *tree.Inode
+		depth int // directories above it
+	}
+	end, err := tree.Follow(place{d.root, 0}, path, func(at place, name string, _ bool) (next place, link string, err error) {
+		n := at.dir.Entries[name]
 		switch {
 		case n == nil:
-			if len(c) > maxName { // of a symlink's target
-				return nil, fmt.Errorf("a name of %d bytes, Linux has %d at most", len(c), maxName)
+			if len(name) > maxName { // of a symlink's target
+				return place{}, "", fmt.Errorf("a name of %d bytes, Linux has %d at most", len(name), maxName)
 			}
 			if d.left--; d.left < 0 {
-				return nil, errCount
+				return place{}, "", errCount
 			}
 			n = newDir()
-			dir.Entries[c] = n
+			at.dir.Entries[name] = n
 			d.note(n).implied = true
 		case n.IsSymlink():
-			if links++; links > maxLinks {
-				return nil, errLoop
-			}
-			if strings.HasPrefix(n.Target, "/") {
-				at = at[:1]
-			}
-			rest = n.Target + "/" + rest
-			continue
+			return place{}, n.Target, nil
 		case !n.IsDir():
-			return nil, errNotDir
+			return place{}, "", errNotDir
 		}
-		if at = append(at, n); len(at) > maxDepth {
-			return nil, errDepth
+		if at.depth+1 >= maxDepth {
+			return place{}, "", errDepth
 		}
+		return place{n, at.depth + 1}, "", nil
+	})
+	if err != nil {
+		return nil, err
 	}
-	d.dirPath, d.dir = path, at[len(at)-1]
+	d.dirPath, d.dir = path, end.dir
 	return d.dir, nil
 }
 
@@ -224,53 +209,37 @@ func (d *diff) linkTarget(path string) (*tree.Inode, error) {
 	}
 	// A place in both trees; either side may be nil, not both.
 	type place struct{ upper, lower *tree.Inode }
-	at := []place{{d.root, d.lower}}
-	links := 0
-	for rest := path; rest != ""; {
-		var c string
-		c, rest, _ = strings.Cut(rest, "/")
-		top := at[len(at)-1]
-		switch c {
-		case "", ".":
-			continue
-		case "..":
-			at = at[:max(1, len(at)-1)]
-			continue
+	end, err := tree.Follow(place{d.root, d.lower}, path, func(at place, name string, last bool) (next place, link string, err error) {
+		if at.upper != nil {
+			next.upper = at.upper.Entries[name]
 		}
-		var next place
-		if top.upper != nil {
-			next.upper = top.upper.Entries[c]
+		if at.lower != nil && (next.upper == nil || next.upper.IsDir()) {
+			next.lower = at.lower.Entries[name]
 		}
-		if top.lower != nil && (next.upper == nil || next.upper.IsDir()) {
-			next.lower = top.lower.Entries[c]
-		}
-		n := next.upper
-		if n == nil {
-			n = next.lower
-		}
+		n := cmp.Or(next.upper, next.lower)
 		switch {
 		case n == nil:
-			return nil, errors.New("there is no such file in this layer or below it")
+			return next, "", errors.New("there is no such file in this layer or below it")
 		case n.IsDir():
 			if next.lower != nil && !next.lower.IsDir() {
 				next.lower = nil
 			}
-			at = append(at, next)
-		case rest == "": // the last one is not followed: a symlink can have several names
-			return n, nil
+		case last: // not followed: a symlink can have several names
 		case n.IsSymlink():
-			if links++; links > maxLinks {
-				return nil, errLoop
-			}
-			if strings.HasPrefix(n.Target, "/") {
-				at = at[:1]
-			}
-			rest = n.Target + "/" + rest
+			return next, n.Target, nil
 		default:
-			return nil, errNotDir
+			return next, "", errNotDir
 		}
+		return next, "", nil
+	})
+	if err != nil {
+		return nil, err
 	}
-	return nil, errors.New("a directory cannot have a second name")
+	n := cmp.Or(end.upper, end.lower)
+	if n.IsDir() {
+		return nil, errors.New("a directory cannot have a second name")
+	}
+	return n, nil
 }
 
 // overlay lays the layer's tree over the ones below, into d.lower.

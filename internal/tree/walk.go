@@ -1,6 +1,8 @@
 package tree
 
 import (
+	"errors"
+	"io/fs"
 	"maps"
 	"slices"
 	"strings"
@@ -77,53 +79,71 @@ func (t *Tree) Lookup(path string) *Inode {
 // maxLinks is how many symlinks one path may lead through, as in Linux.
 const maxLinks = 40
 
-// Resolve follows path through the symlinks of the tree, the last component
-// included, as a process does whose root directory is t.Root. It returns the
-// path without symlinks and the inode there, or "" and nil if path leads
-// nowhere or round in circles.
-func (t *Tree) Resolve(path string) (string, *Inode) {
-	type step struct {
-		name string
-		node *Inode
-	}
-	at := []step{{"", t.Root}}
-	rest, links := path, 0
-	for rest != "" {
-		var c string
-		c, rest, _ = strings.Cut(rest, "/")
-		top := at[len(at)-1].node
-		if !top.IsDir() {
-			return "", nil
-		}
-		switch c {
+// ErrLoop says that a path leads through too many symlinks.
+var ErrLoop = errors.New("too many levels of symlinks")
+
+// Follow leads path through a root filesystem of any shape, as the kernel leads
+// a process whose root directory is root, and returns where it ends. step
+// enters one component: it returns what has that name in the directory dir, or
+// the target of the symlink that is to be followed there. last says that
+// nothing comes behind name. The first error of step ends the walk.
+func Follow[T any](root T, path string, step func(dir T, name string, last bool) (next T, link string, err error)) (T, error) {
+	var none T
+	at := []T{root}
+	links := 0
+	for rest := path; rest != ""; {
+		var name string
+		name, rest, _ = strings.Cut(rest, "/")
+		switch name {
 		case "", ".":
 			continue
 		case "..":
 			at = at[:max(1, len(at)-1)]
 			continue
 		}
-		n := top.Entries[c]
-		switch {
-		case n == nil:
-			return "", nil
-		case n.IsSymlink():
-			if links++; links > maxLinks {
-				return "", nil
-			}
-			if strings.HasPrefix(n.Target, "/") {
-				at = at[:1]
-			}
-			rest = n.Target + "/" + rest
-		default:
-			at = append(at, step{c, n})
+		next, link, err := step(at[len(at)-1], name, rest == "")
+		if err != nil {
+			return none, err
 		}
+		if link == "" {
+			at = append(at, next)
+			continue
+		}
+		if links++; links > maxLinks {
+			return none, ErrLoop
+		}
+		if strings.HasPrefix(link, "/") {
+			at = at[:1]
+		}
+		rest = link + "/" + rest
 	}
-	names := make([]string, len(at))
-	for i, s := range at {
-		names[i] = s.name
+	return at[len(at)-1], nil
+}
+
+// Resolve follows path through the symlinks of the tree, the last component
+// included, as a process does whose root directory is t.Root. It returns the
+// path without symlinks and the inode there, or "" and nil if path leads
+// nowhere or round in circles.
+func (t *Tree) Resolve(path string) (string, *Inode) {
+	type place struct {
+		path string // ends with "/"
+		node *Inode
 	}
-	if len(at) == 1 {
+	end, err := Follow(place{"/", t.Root}, path, func(dir place, name string, last bool) (next place, link string, err error) {
+		n := dir.node.Entries[name]
+		switch {
+		case n == nil, !n.IsDir() && !n.IsSymlink() && !last:
+			return place{}, "", fs.ErrNotExist
+		case n.IsSymlink():
+			link = n.Target
+		}
+		return place{dir.path + name + "/", n}, link, nil
+	})
+	if err != nil {
+		return "", nil
+	}
+	if end.node == t.Root {
 		return "/", t.Root
 	}
-	return strings.Join(names, "/"), at[len(at)-1].node
+	return strings.TrimSuffix(end.path, "/"), end.node
 }
