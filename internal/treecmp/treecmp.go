@@ -88,11 +88,16 @@ func Dir(root string) (Manifest, error) {
 	m := Manifest{}
 	type inode struct{ dev, ino uint64 }
 	first := map[inode]string{}
+	root = filepath.Clean(root)
 	err := filepath.WalkDir(root, func(name string, _ fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
-		path := "/" + strings.TrimPrefix(strings.TrimPrefix(name, root), "/")
+		rel, err := filepath.Rel(root, name)
+		if err != nil {
+			return err
+		}
+		path := filepath.Join("/", rel)
 		var st unix.Stat_t
 		if err := unix.Lstat(name, &st); err != nil {
 			return &fs.PathError{Op: "lstat", Path: name, Err: err}

@@ -182,3 +182,25 @@ func TestContentSum(t *testing.T) {
 		t.Error("a file that ends early has a sum")
 	}
 }
+
+// However a directory is named, its manifest is the same.
+func TestDirNames(t *testing.T) {
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, ".hidden"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	want, err := Dir(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(root)
+	for _, name := range []string{".", "./", root + "/", "../" + filepath.Base(root)} {
+		got, err := Dir(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := Diff(got, want); diff != nil {
+			t.Errorf("%q: %q", name, diff)
+		}
+	}
+}
