@@ -184,15 +184,8 @@ func openOCIArchive(ctx context.Context, r Ref, o Options) (Source, error) {
 			err = fmt.Errorf("it is an archive of docker save; name it docker-archive:%s", r.Path)
 		}
 	}
-	var d v1.Descriptor
 	if err == nil {
-		var x *layoutIndex
-		if x, err = parseLayoutIndex(raw); err == nil {
-			d, err = x.find(r.Name)
-		}
-	}
-	if err == nil {
-		s.images, s.skipped, err = resolve(ctx, s, d, o.Platforms)
+		err = s.resolve(ctx, s, raw, r.Name, o.Platforms)
 	}
 	if err != nil {
 		s.Close()

@@ -151,6 +151,20 @@ type resolved struct {
 func (r *resolved) Images() []Image    { return r.images }
 func (r *resolved) Skipped() []Skipped { return r.skipped }
 
+// resolve finds the images that name stands for in a layout with this index.
+func (r *resolved) resolve(ctx context.Context, c contents, index []byte, name string, want []v1.Platform) error {
+	x, err := parseLayoutIndex(index)
+	if err != nil {
+		return err
+	}
+	d, err := x.find(name)
+	if err != nil {
+		return err
+	}
+	r.images, r.skipped, err = resolve(ctx, c, d, want)
+	return err
+}
+
 func openLayout(ctx context.Context, r Ref, o Options) (Source, error) {
 	root, err := os.OpenRoot(r.Path)
 	if err != nil {
@@ -161,18 +175,8 @@ func openLayout(ctx context.Context, r Ref, o Options) (Source, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("%s is no OCI layout: it has no %s", r.Path, indexFile)
 	}
-	if err != nil {
-		s.Close()
-		return nil, err
-	}
-	x, err := parseLayoutIndex(raw)
-	if err != nil {
-		s.Close()
-		return nil, err
-	}
-	d, err := x.find(r.Name)
 	if err == nil {
-		s.images, s.skipped, err = resolve(ctx, s, d, o.Platforms)
+		err = s.resolve(ctx, s, raw, r.Name, o.Platforms)
 	}
 	if err != nil {
 		s.Close()
