@@ -122,7 +122,7 @@ func NewRemote(address string, o RemoteOptions) (Blobs, error) {
 // docker would take for a namespace.
 func parseRepository(s string, insecure bool) (name.Repository, error) {
 	host, repo, _ := strings.Cut(s, "/")
-	if host == "" || repo == "" || strings.Contains(host, "@") || path.Clean("/"+repo) != "/"+repo {
+	if host == "" || repo == "" || strings.Contains(s, "@") || path.Clean("/"+repo) != "/"+repo {
 		return name.Repository{}, errors.New("want registry://host/repository")
 	}
 	opts := []name.Option{name.StrictValidation}
@@ -154,7 +154,7 @@ func (s secure) RoundTrip(req *http.Request) (*http.Response, error) {
 // withoutUser drops what may be a password from an address that is refused.
 func withoutUser(address string) string {
 	scheme, rest, ok := strings.Cut(address, "://")
-	if at := strings.LastIndexByte(rest, '@'); ok && at >= 0 && !strings.Contains(rest[:at], "/") {
+	if at := strings.LastIndexByte(rest, '@'); ok && at >= 0 {
 		return scheme + "://" + rest[at+1:]
 	}
 	return address

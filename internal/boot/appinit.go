@@ -156,7 +156,7 @@ func dropSysAdmin() error {
 // permitted and effective capabilities, as the engine does for a user.
 func becomeUser(uid, gid int, groups []int) error {
 	if err := syscall.Setgroups(groups); err != nil {
-		return fmt.Errorf("set the supplementary groups: %w", err)
+		return whichCapability(fmt.Errorf("set the supplementary groups: %w", err), capability.CAP_SETGID)
 	}
 	if err := syscall.Setresgid(gid, gid, gid); err != nil {
 		return fmt.Errorf("become group %d: %w", gid, err)

@@ -22,7 +22,9 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"math"
 	"os"
+	"runtime/debug"
 
 	"golang.org/x/sys/unix"
 
@@ -35,6 +37,9 @@ const (
 	exitNotExecutable = 126 // the program was found and cannot be run
 	exitNotFound      = 127 // the program was not found
 )
+
+// gcPercent is how far boot's heap grows above what is in use, in per cent.
+const gcPercent = 100
 
 // exitError is a failure with the exit status that it ends the container with.
 type exitError struct {
@@ -50,7 +55,9 @@ func Main() int {
 	if isAppInit() {
 		return reportToBoot(appInit())
 	}
-	log := newLogger(os.Stderr, os.Getenv("BOOTFS_LOG"))
+	ownMemorySettings()
+	log, flush := newLogger(os.Stderr, os.Getenv("BOOTFS_LOG"))
+	defer flush()
 	status, err := run(log)
 	if err == nil {
 		return status
@@ -60,6 +67,13 @@ func Main() int {
 		return e.status
 	}
 	return exitBoot
+}
+
+// ownMemorySettings undoes what the Go runtime took from the environment: GOGC
+// and GOMEMLIMIT there are the app's, made for its heap and not for boot's.
+func ownMemorySettings() {
+	debug.SetGCPercent(gcPercent)
+	debug.SetMemoryLimit(math.MaxInt64)
 }
 
 func run(log *logger) (int, error) {

@@ -3,6 +3,7 @@ package boot
 import (
 	"context"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -97,7 +98,8 @@ func readConfig(path string) (*bootimage.Config, error) {
 	if c.Version != bootimage.Version {
 		return nil, fmt.Errorf("%s: format version %d, this boot binary reads %d: convert the image again", path, c.Version, bootimage.Version)
 	}
-	if digits, ok := strings.CutPrefix(c.IndexDigest, "sha256:"); !ok || len(digits) != 64 {
+	digits, ok := strings.CutPrefix(c.IndexDigest, "sha256:")
+	if _, err := hex.DecodeString(digits); err != nil || !ok || len(digits) != 64 {
 		return nil, fmt.Errorf("%s: index digest %q: want sha256: and 64 hex digits", path, c.IndexDigest)
 	}
 	return &c, nil

@@ -5,21 +5,22 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
 )
 
-// whyNoMount adds to a mount error the docker run flag that is missing.
+// whyNoMount adds to a mount error the docker run flags that are missing.
 func whyNoMount(err error) error {
-	if missing := missingFlag(err); missing != "" {
-		return fmt.Errorf("%w: add %s to docker run", err, missing)
+	if flags := missingFlags(err); flags != "" {
+		return fmt.Errorf("%w: add %s to docker run", err, flags)
 	}
 	return err
 }
 
-func missingFlag(err error) string {
+func missingFlags(err error) string {
 	if !errors.Is(err, fs.ErrPermission) && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENXIO) {
 		return ""
 	}
@@ -29,8 +30,8 @@ func missingFlag(err error) string {
 	} else {
 		f.Close()
 	}
-	if !hasSysAdmin() {
-		flags = append(flags, "--cap-add SYS_ADMIN")
+	for _, c := range missing(capability.CAP_SYS_ADMIN, capability.CAP_CHOWN, capability.CAP_DAC_OVERRIDE) {
+		flags = append(flags, capAdd(c))
 	}
 	if profile, err := os.ReadFile("/proc/self/attr/current"); err == nil && confines(string(profile)) {
 		flags = append(flags, "--security-opt apparmor=unconfined")
@@ -38,12 +39,24 @@ func missingFlag(err error) string {
 	return strings.Join(flags, " ")
 }
 
-func hasSysAdmin() bool {
-	c, err := capability.NewPid2(0)
-	if err != nil {
-		return false
+// whichCapability adds to a refusal the docker run flag that gives need, if
+// that is missing.
+func whichCapability(err error, need capability.Cap) error {
+	if errors.Is(err, fs.ErrPermission) && len(missing(need)) > 0 {
+		return fmt.Errorf("%w: add %s to docker run", err, capAdd(need))
 	}
-	return c.Load() == nil && c.Get(capability.EFFECTIVE, capability.CAP_SYS_ADMIN)
+	return err
+}
+
+func capAdd(c capability.Cap) string { return "--cap-add " + strings.ToUpper(c.String()) }
+
+// missing returns those of need that are not effective.
+func missing(need ...capability.Cap) []capability.Cap {
+	c, err := capability.NewPid2(0)
+	if err != nil || c.Load() != nil {
+		return nil
+	}
+	return slices.DeleteFunc(need, func(n capability.Cap) bool { return c.Get(capability.EFFECTIVE, n) })
 }
 
 // confines reports whether the AppArmor label of a process ("docker-default

@@ -6,16 +6,25 @@ import (
 	"io"
 	"log/slog"
 	"strings"
-	"sync"
+	"time"
 )
 
 // logger is what boot says about itself. It shares stderr with the app, so each
 // line carries a prefix and by default only what a person must act on is said.
 type logger = slog.Logger
 
+const (
+	maxQueued = 256         // lines that wait for stderr; what is more is dropped
+	flushWait = time.Second // for them to be written, at the end
+)
+
 // newLogger returns a logger at the level that BOOTFS_LOG names: quiet (errors
-// only), info, debug; otherwise warnings and errors.
-func newLogger(w io.Writer, level string) *logger {
+// only), info, debug; otherwise warnings and errors. flush writes what is left;
+// what is logged after it is lost.
+//
+// Nobody waits for w: stderr is a pipe or a terminal that may stand still for
+// ever, and the reads of the container must not.
+func newLogger(w io.Writer, level string) (log *logger, flush func()) {
 	l := slog.LevelWarn
 	switch level {
 	case "quiet":
@@ -25,13 +34,35 @@ func newLogger(w io.Writer, level string) *logger {
 	case "debug":
 		l = slog.LevelDebug
 	}
-	return slog.New(&lineHandler{w: w, level: l, mu: new(sync.Mutex)})
+	h := &lineHandler{lines: make(chan string, maxQueued), level: l}
+	flushed := make(chan struct{})
+	stop := make(chan struct{})
+	go func() {
+		defer close(flushed)
+		for {
+			select {
+			case line := <-h.lines:
+				_, _ = io.WriteString(w, line)
+			case <-stop:
+				for len(h.lines) > 0 {
+					_, _ = io.WriteString(w, <-h.lines)
+				}
+				return
+			}
+		}
+	}()
+	return slog.New(h), func() {
+		close(stop)
+		select {
+		case <-flushed:
+		case <-time.After(flushWait):
+		}
+	}
 }
 
 // lineHandler writes "bootfs: message key=value" lines.
 type lineHandler struct {
-	mu    *sync.Mutex // one line at a time
-	w     io.Writer
+	lines chan string
 	level slog.Level
 	attrs string
 }
@@ -48,10 +79,11 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 		return true
 	})
 	b.WriteByte('\n')
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	_, err := io.WriteString(h.w, b.String())
-	return err
+	select {
+	case h.lines <- b.String():
+	default:
+	}
+	return nil
 }
 
 func (h *lineHandler) WithAttrs(attrs []slog.Attr) slog.Handler {

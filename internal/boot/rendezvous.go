@@ -6,15 +6,18 @@ import (
 	"io"
 	"net"
 	"runtime"
-
 	"time"
 
+	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
 )
 
 // followTimeout bounds how long an exec waits for a start that makes no
 // progress.
 const followTimeout = 60 * time.Second
+
+// acceptPause is how long no follower is answered after one could not be.
+const acceptPause = 50 * time.Millisecond
 
 // errClaimed says that another boot is making the root of this container.
 var errClaimed = errors.New("another boot has this container")
@@ -65,7 +68,10 @@ func (m *meeting) answer() {
 	for {
 		conn, err := m.listener.Accept()
 		if err != nil {
-			return
+			// Descriptors can run out, as any neighbour on the network may connect.
+			// A follower would wait for nothing if that ended the answers.
+			time.Sleep(acceptPause)
+			continue
 		}
 		go func() {
 			defer conn.Close()
@@ -145,7 +151,7 @@ func enterRoot() error {
 	}
 	defer unix.Close(fd)
 	if err := unix.Setns(fd, unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("enter the root: setns: %w", err)
+		return whichCapability(fmt.Errorf("enter the root: setns: %w", err), capability.CAP_SYS_CHROOT)
 	}
 	return nil
 }

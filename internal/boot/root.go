@@ -89,8 +89,11 @@ func mountWritable(rootName string, readOnly bool, log *logger) error {
 	if err == nil {
 		return nil
 	}
+	if failed := overlayOnTmpfs(""); failed != nil {
+		return failed
+	}
 	log.Warn(fmt.Sprintf("what the container writes is kept in memory: %v", err))
-	return overlayOnTmpfs("")
+	return nil
 }
 
 // claimUpper returns the directory of the volume that holds the writable layer

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -59,6 +60,9 @@ func serve(app int, signals <-chan os.Signal) int {
 	}
 }
 
+// stopWait bounds how long the end of the container waits for the prefetch.
+const stopWait = time.Second
+
 // prefetching is the fetch of chunks ahead of their use.
 type prefetching struct {
 	cancel context.CancelFunc
@@ -90,7 +94,12 @@ func startPrefetch(c *content, s *settings, log *logger) *prefetching {
 	return p
 }
 
+// stop ends the prefetch. It does not wait for a cache or a store whose disk
+// hangs.
 func (p *prefetching) stop() {
 	p.cancel()
-	<-p.done
+	select {
+	case <-p.done:
+	case <-time.After(stopWait):
+	}
 }

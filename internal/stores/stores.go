@@ -39,6 +39,10 @@ func Open(address string, s Source) (chunkstore.Store, error) {
 	case strings.HasPrefix(address, "oci:"):
 		return s.packs(address, registrystore.NewLayoutBlobs(strings.TrimPrefix(address, "oci:")))
 	}
+	// What follows a scheme may hold a password.
+	if scheme, _, ok := strings.Cut(address, "://"); ok {
+		address = scheme + "://…"
+	}
 	return nil, fmt.Errorf("store %q: want /path, registry://host/repository or oci:/path", address)
 }
 
