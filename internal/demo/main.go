@@ -19,6 +19,7 @@ import (
 	"syscall"
 
 	"github.com/container-bootfs/bootfs/internal/convert"
+	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
@@ -31,7 +32,12 @@ func main() {
 	flag.StringVar(&d.dir, "dir", "demo.d", "`DIR` for everything that is made")
 	flag.Parse()
 	d.args = flag.Args()
-	if err := d.run(ctx); err != nil {
+	err := d.run(ctx)
+	if ctx.Err() != nil {
+		fmt.Fprintln(os.Stderr, "demo: interrupted") // whatever that broke off
+		os.Exit(130)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -133,8 +139,8 @@ func (d *demo) convertImage(ctx context.Context) error {
 		return fmt.Errorf("%s converted %d platforms, want the one of this machine", d.convert, len(d.report.Platforms))
 	}
 	p := d.report.Platforms[0]
-	say("%d files, %s, in %d chunks of %s altogether, in %d packs; the boot image is %s. It took %.1f s.",
-		p.Files, mib(p.RootBytes), p.Chunks, mib(p.StoredBytes), p.Packs, mib(p.BootBytes), d.report.Seconds)
+	say("%d files, %s, in %d chunks; %d of them distinct, %s compressed, in %d packs; the boot image is %s. It took %.1f s.",
+		p.Files, scratch.Bytes(p.RootBytes), p.Chunks, p.Distinct, scratch.Bytes(p.StoredBytes), p.Packs, scratch.Bytes(p.BootBytes), d.report.Seconds)
 	return nil
 }
 
@@ -197,8 +203,8 @@ func (d *demo) compare(ctx context.Context) error {
 	row := func(what string, value func(*measured) string) {
 		fmt.Printf("%-26s%16s%16s%16s\n", what, value(runs[0]), value(runs[1]), value(runs[2]))
 	}
-	row("pulled by docker", func(m *measured) string { return mib(m.pulled) })
-	row("fetched by the container", func(m *measured) string { return mib(m.fetched) })
+	row("pulled by docker", func(m *measured) string { return scratch.Bytes(m.pulled) })
+	row("fetched by the container", func(m *measured) string { return scratch.Bytes(m.fetched) })
 	row("chunks in the node cache", func(m *measured) string {
 		if m.flags == nil {
 			return "-"
@@ -208,7 +214,7 @@ func (d *demo) compare(ctx context.Context) error {
 	row("seconds to pull", func(m *measured) string { return seconds(m.pull) })
 	row("seconds to first output", func(m *measured) string { return seconds(m.first) })
 	row("both", func(m *measured) string { return seconds(m.pull + m.first) })
-	say("\nfind %s -name '*.cacnk' | wc -l   counts the chunks that were read.", rel(d.cache()))
+	say("\nfind %s -name '*.cacnk' | wc -l   counts the chunks that were fetched.", rel(d.cache()))
 	return nil
 }
 
@@ -238,11 +244,4 @@ func rel(path string) string {
 		}
 	}
 	return path
-}
-
-func mib(n int64) string {
-	if n == 0 {
-		return "0"
-	}
-	return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20))
 }
