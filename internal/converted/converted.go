@@ -192,8 +192,11 @@ func (i *Image) WriteTo(ctx context.Context, w io.WriterAt, progress func(int64)
 			ctx, cancel := context.WithTimeout(ctx, batchTimeout)
 			defer cancel()
 			err := f.FetchBatch(ctx, cs, func(k int, plain []byte) error {
-				_, err := w.WriteAt(plain, cs[k].Offset)
 				progress(int64(len(plain)))
+				if len(bytes.TrimLeft(plain, "\x00")) == 0 {
+					return nil
+				}
+				_, err := w.WriteAt(plain, cs[k].Offset)
 				return err
 			})
 			if err != nil {
@@ -202,20 +205,10 @@ func (i *Image) WriteTo(ctx context.Context, w io.WriterAt, progress func(int64)
 			return err
 		})
 	}
-	zeros := make(map[int]index.ID) // of each size that has occurred
 	for k := range i.Index.Len() {
 		c, err := i.Index.At(k)
 		if err != nil {
 			return err
-		}
-		id, ok := zeros[c.Size]
-		if !ok {
-			id = i.Index.Digest().Sum(make([]byte, c.Size))
-			zeros[c.Size] = id
-		}
-		if c.ID == id {
-			progress(int64(c.Size))
-			continue
 		}
 		if batch = append(batch, c); len(batch) == batchChunks {
 			flush()
