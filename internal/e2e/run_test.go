@@ -273,6 +273,10 @@ func TestPlainRefusals(t *testing.T) {
 		{"no capability", []string{"--device", "/dev/fuse"}, "--cap-add SYS_ADMIN"},
 		{"neither", nil, "--device /dev/fuse --cap-add SYS_ADMIN"},
 		{"another user without new privileges", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--security-opt", "no-new-privileges"}, "no-new-privileges"},
+		{"no other capability", []string{"--device", "/dev/fuse", "--cap-drop", "ALL", "--cap-add", "SYS_ADMIN"}, "--cap-add CHOWN --cap-add DAC_OVERRIDE"},
+		{"no capability to enter the root", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--cap-drop", "SYS_CHROOT"}, "--cap-add SYS_CHROOT"},
+		{"no capability to drop one", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--cap-drop", "SETPCAP"}, "--cap-add SETPCAP"},
+		{"no capability to set groups", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--cap-drop", "SETGID"}, "--cap-add SETGID"},
 		{"an unknown setting", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--env", "BOOTFS_PREFETCH=sometimes"}, "BOOTFS_PREFETCH"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
