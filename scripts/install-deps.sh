@@ -13,6 +13,7 @@ docker-registry  docker-registry
 skopeo           skopeo
 umoci            umoci
 casync           casync
+nginx            nginx
 fsck.erofs       erofs-utils
 mmdebstrap       mmdebstrap
 zstd             zstd

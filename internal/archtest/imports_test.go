@@ -18,10 +18,10 @@ const module = "github.com/container-bootfs/bootfs"
 // those of lower levels, so each can be understood without what stands above
 // it, and packages of one level without one another.
 var levels = [][]string{
-	{"chunker", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/scratch"},
+	{"chunker", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/httpio", "internal/scratch"},
 	{"index", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
 	{"chunkstore", "internal/rootimage", "internal/lazy", "mount"},
-	{"chunkstore/local", "registrystore"},
+	{"chunkstore/httpstore", "chunkstore/local", "registrystore"},
 	{"internal/stores", "internal/transport"},
 	{"internal/assembly"},
 	{"internal/converted"},

@@ -1,0 +1,424 @@
+// Package httpstore reads and writes chunks on a web server, in the layout of
+// casync and desync: chunk abcd… of the store BASE is BASE/abcd/abcd….cacnk. Any
+// server of static files will do for reading; writing takes one that accepts
+// PUT, such as nginx with its dav module.
+//
+//	s, err := httpstore.New("https://chunks.example.com/rootfs.castr", httpstore.Options{})
+//
+// A response that stalls, breaks off or is not a chunk becomes an *Error, which
+// says whether another attempt can help. Credentials go to the server of the
+// address and to nobody else, wherever it redirects to. What the bytes are
+// worth is the caller's to verify.
+package httpstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/httpio"
+)
+
+const (
+	suffix   = ".cacnk"
+	shardLen = 4 // hex digits that name a chunk's directory
+
+	// parallelRequests bounds the requests of one Store that run at once: at
+	// 20 ms each they bring 1600 chunks a second.
+	parallelRequests = 32
+	// batchRequests bounds those of one batch, so that a read that somebody
+	// waits for gets its turn beside a prefetch.
+	batchRequests = 24
+
+	// putPatience is how many stall times a write may take without a sign: the
+	// kernel takes the last of a chunk long before the server has it, and a
+	// careful server waits for its disk.
+	putPatience = 3
+
+	firstGrowth = 1 << 20 // bytes that a response may claim before it brings them
+	maxDrain    = 4 << 10 // bytes that are read to keep a connection
+)
+
+// Options says how a server is reached. The zero value fits one that asks for
+// no credentials.
+type Options struct {
+	// Login finds the credentials for the server. It is asked before the first
+	// request, and again when what it gave is refused. nil is none; a user in
+	// the address stands before it.
+	Login func(context.Context) (Login, error)
+	// Transport makes the connections; nil is one made for this Store.
+	Transport http.RoundTripper
+	// Stall is how long a response may make no progress; 0 is 10 s.
+	Stall time.Duration
+}
+
+// Login is what a server is shown: a token, or else a user and a password. The
+// zero value is nothing.
+type Login struct {
+	User, Password string // of basic authentication
+	Token          string // of bearer authentication
+}
+
+// header is the value of the Authorization header, "" for none.
+func (l Login) header() string {
+	var r http.Request
+	switch {
+	case l.Token != "":
+		return "Bearer " + l.Token
+	case l.User != "" || l.Password != "":
+		r.Header = make(http.Header)
+		r.SetBasicAuth(l.User, l.Password)
+	}
+	return r.Header.Get("Authorization")
+}
+
+// Store is a chunk store on a web server. It is a chunkstore.Writer and a
+// chunkstore.Batcher.
+type Store struct {
+	base      string // without credentials, without a slash at its end
+	origin    string
+	ask       func(context.Context) (Login, error) // nil: the login never changes
+	transport http.RoundTripper
+	hangUp    func() // closes connections that nobody uses
+	stall     time.Duration
+	slots     chan struct{} // one per running request
+
+	login   atomic.Pointer[string] // Authorization header; nil until it was asked for
+	asking  chan struct{}          // a lock around ask, which a waiter can leave
+	noHead  atomic.Bool            // the server refuses HEAD and takes GET
+	buffers sync.Pool              // of *[]byte
+}
+
+// New returns the store at address, "https://host/path" or "http://host/path".
+// It does not connect yet.
+func New(address string, o Options) (*Store, error) {
+	u, err := url.Parse(address)
+	// What url says of a malformed address may repeat a password.
+	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" ||
+		strings.Contains(u.EscapedPath(), "@") {
+		return nil, fmt.Errorf("store %q: want https://HOST/PATH or http://HOST/PATH, with %%XX for special characters", withoutUser(address))
+	}
+	s := &Store{
+		base:      u.Scheme + "://" + u.Host + strings.TrimRight(u.EscapedPath(), "/"),
+		origin:    originOf(u),
+		ask:       o.Login,
+		transport: o.Transport,
+		hangUp:    func() {},
+		stall:     o.Stall,
+		slots:     make(chan struct{}, parallelRequests),
+		asking:    make(chan struct{}, 1),
+		buffers:   sync.Pool{New: func() any { return new([]byte) }},
+	}
+	if u.User != nil {
+		password, _ := u.User.Password()
+		h := Login{User: u.User.Username(), Password: password}.header()
+		s.ask = nil
+		s.login.Store(&h)
+	} else if s.ask == nil {
+		s.login.Store(new(string))
+	}
+	if s.transport == nil {
+		s.transport = httpio.NewTransport(parallelRequests)
+	}
+	if t, ok := s.transport.(interface{ CloseIdleConnections() }); ok {
+		s.hangUp = t.CloseIdleConnections
+	}
+	if s.stall == 0 {
+		s.stall = httpio.Stall
+	}
+	return s, nil
+}
+
+// withoutUser drops what may be a password from an address that is refused.
+func withoutUser(address string) string {
+	scheme, rest, ok := strings.Cut(address, "://")
+	if !ok {
+		scheme, rest = "", address
+	}
+	rest = rest[strings.LastIndexByte(rest, '@')+1:]
+	if !ok {
+		return rest
+	}
+	return scheme + "://" + rest
+}
+
+// originOf returns scheme, host and port of u in the one form that can be
+// compared.
+func originOf(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	return u.Scheme + "://" + strings.ToLower(u.Hostname()) + ":" + port
+}
+
+// String returns the address, without credentials.
+func (s *Store) String() string { return s.base }
+
+func (s *Store) shardURL(id index.ID) string { return s.base + "/" + id.String()[:shardLen] + "/" }
+
+func (s *Store) chunkURL(id index.ID) string { return s.shardURL(id) + id.String() + suffix }
+
+// Get appends the stored form of chunk id to dst.
+func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error) {
+	q, err := s.begin(ctx, id, s.stall)
+	if err != nil {
+		return dst, err
+	}
+	defer q.end()
+	resp, err := q.send(http.MethodGet, s.chunkURL(id), nil)
+	if err != nil {
+		return dst, q.fail(err)
+	}
+	defer q.leave(resp)
+	out, err := q.read(resp, dst)
+	if err != nil {
+		return dst, q.fail(err)
+	}
+	return out, nil
+}
+
+// GetBatch gets several chunks at a time. What is under way when one fails is
+// still delivered.
+func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, frame []byte) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	type result struct {
+		i     int
+		frame *[]byte
+		err   error
+	}
+	var (
+		next    atomic.Int64
+		failed  atomic.Bool
+		workers sync.WaitGroup
+		results = make(chan result)
+	)
+	for range min(len(ids), batchRequests) {
+		workers.Go(func() {
+			for !failed.Load() {
+				i := int(next.Add(1)) - 1
+				if i >= len(ids) {
+					return
+				}
+				r := result{i: i, frame: s.buffers.Get().(*[]byte)}
+				*r.frame, r.err = s.Get(ctx, ids[i], (*r.frame)[:0])
+				if r.err != nil {
+					failed.Store(true)
+				}
+				results <- r
+			}
+		})
+	}
+	go func() {
+		workers.Wait()
+		cancel()
+		close(results)
+	}()
+	var first, abort error
+	for r := range results {
+		switch {
+		case abort != nil:
+		case r.err != nil:
+			first = firstOf(first, r.err)
+		default:
+			if abort = yield(r.i, *r.frame); abort != nil {
+				failed.Store(true)
+				cancel()
+			}
+		}
+		s.buffers.Put(r.frame)
+	}
+	return firstOf(abort, first)
+}
+
+// firstOf returns a, or b where a is nil.
+func firstOf(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// Has asks for chunk id without its bytes: with HEAD, or for the first byte
+// where the server refuses HEAD.
+func (s *Store) Has(ctx context.Context, id index.ID) (bool, error) {
+	q, err := s.begin(ctx, id, s.stall)
+	if err != nil {
+		return false, err
+	}
+	defer q.end()
+	ok, err := q.has()
+	if err != nil {
+		return false, q.fail(err)
+	}
+	return ok, nil
+}
+
+func (q *request) has() (bool, error) {
+	url := q.store.chunkURL(q.id)
+	unknown := false // as a method, whatever it is asked of
+	if !q.store.noHead.Load() {
+		resp, err := q.send(http.MethodHead, url, nil)
+		if err != nil {
+			return false, err
+		}
+		q.leave(resp)
+		switch resp.StatusCode {
+		case http.StatusMethodNotAllowed, http.StatusNotImplemented:
+			unknown = true
+		case http.StatusForbidden, http.StatusBadRequest: // URLs may be signed for GET alone
+		default:
+			return q.there(resp)
+		}
+	}
+	resp, err := q.send(http.MethodGet, url, nil, "Range", "bytes=0-0")
+	if err != nil {
+		return false, err
+	}
+	defer q.leave(resp)
+	ok, err := q.there(resp)
+	if unknown && err == nil {
+		q.store.noHead.Store(true)
+	}
+	return ok, err
+}
+
+// there reads from an answer whether the chunk exists.
+func (q *request) there(resp *http.Response) (bool, error) {
+	switch resp.StatusCode {
+	case http.StatusOK:
+		n := resp.ContentLength
+		return n != 0 && n <= chunkstore.MaxStored, checkType(resp)
+	case http.StatusPartialContent:
+		return true, checkType(resp)
+	case http.StatusNotFound, http.StatusGone, http.StatusRequestedRangeNotSatisfiable: // the last is an empty file
+		return false, nil
+	}
+	return false, q.statusError(resp)
+}
+
+// Put stores frame as chunk id with PUT, over whatever stands there. Whether a
+// reader may see half of it meanwhile, and whether it is on disk when Put
+// returns, is the server's to promise: nginx replaces the file in one step and
+// leaves its way to the disk to the kernel.
+func (s *Store) Put(ctx context.Context, id index.ID, frame []byte) error {
+	q, err := s.begin(ctx, id, putPatience*s.stall)
+	if err != nil {
+		return err
+	}
+	defer q.end()
+	if len(frame) < 1 || len(frame) > chunkstore.MaxStored {
+		return q.fail(&Error{Err: fmt.Errorf("got %d bytes to write, want 1 to %d", len(frame), chunkstore.MaxStored)})
+	}
+	if err := q.put(frame); err != nil {
+		return q.fail(err)
+	}
+	return nil
+}
+
+func (q *request) put(frame []byte) error {
+	for madeShard := false; ; madeShard = true {
+		resp, err := q.send(http.MethodPut, q.store.chunkURL(q.id), frame)
+		if err != nil {
+			return err
+		}
+		q.leave(resp)
+		switch resp.StatusCode {
+		case http.StatusOK:
+			// A login page of the network, or of an application that answers
+			// whatever it is asked.
+			return checkType(resp)
+		case http.StatusCreated, http.StatusNoContent:
+			return nil
+		case http.StatusConflict, http.StatusNotFound, http.StatusInternalServerError:
+			// WebDAV wants the directory first, and says so with the first of
+			// these; some servers say it with the others, nginx with the last.
+			if !madeShard && q.makeShard() {
+				continue
+			}
+		}
+		return q.statusError(resp)
+	}
+}
+
+// makeShard makes the directory of the chunk and reports whether it is there.
+func (q *request) makeShard() bool {
+	resp, err := q.send("MKCOL", q.store.shardURL(q.id), nil)
+	if err != nil {
+		return false
+	}
+	q.leave(resp)
+	return resp.StatusCode == http.StatusCreated || resp.StatusCode == http.StatusMethodNotAllowed // another was quicker
+}
+
+// checkType refuses what is no chunk by its headers.
+func checkType(resp *http.Response) error {
+	e := &Error{Status: resp.StatusCode, temporary: true}
+	if enc := resp.Header.Get("Content-Encoding"); enc != "" && enc != "identity" {
+		e.Err = fmt.Errorf("got content encoded as %q, want it as it is: the server, or a proxy before it, must not compress %s files", enc, suffix)
+		return e
+	}
+	if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t == "text/html" {
+		e.Err = fmt.Errorf("got a web page from %s, want a chunk: a login page of the network, or the address is not that of a chunk store", httpio.HostOf(resp.Request.URL.String()))
+		return e
+	}
+	return nil
+}
+
+// read appends the body of a response to dst.
+func (q *request) read(resp *http.Response, dst []byte) ([]byte, error) {
+	if resp.StatusCode != http.StatusOK {
+		return nil, q.statusError(resp)
+	}
+	if err := checkType(resp); err != nil {
+		return nil, err
+	}
+	tooLong := func() error {
+		return &Error{Status: http.StatusOK, Err: fmt.Errorf("got more than %d bytes: that is no chunk", chunkstore.MaxStored)}
+	}
+	if resp.ContentLength > chunkstore.MaxStored {
+		return nil, tooLong()
+	}
+	limit := len(dst) + chunkstore.MaxStored
+	dst = slices.Grow(dst, int(min(max(resp.ContentLength, 0), firstGrowth))+1)
+	for {
+		room := dst[len(dst):min(cap(dst), limit+1)]
+		n, err := q.watch.Read(resp.Body, room)
+		q.got += n
+		dst = dst[:len(dst)+n]
+		switch {
+		case len(dst) > limit:
+			return nil, tooLong()
+		case err == io.EOF:
+			return dst, nil
+		case err != nil:
+			return nil, fmt.Errorf("after %d bytes: %w", q.got, err)
+		}
+		if len(dst) == cap(dst) {
+			dst = slices.Grow(dst, 1)
+		}
+	}
+}
+
+var errRedirectedWrite = errors.New("the server sends writes elsewhere")
+
+// checkRedirect refuses a redirect that makes a read of a write, beside what
+// httpio refuses: its answer would look like success.
+func checkRedirect(req *http.Request, via []*http.Request) error {
+	if m := via[0].Method; m != http.MethodGet && m != http.MethodHead && req.Method != m {
+		to := url.URL{Scheme: req.URL.Scheme, Host: req.URL.Host, Path: req.URL.Path}
+		return fmt.Errorf("%w: name the store as it is called there: %s", errRedirectedWrite, to.String())
+	}
+	return httpio.CheckRedirect(req, via)
+}

@@ -1,0 +1,313 @@
+package httpstore
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"time"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/httpio"
+)
+
+// Error is a failed read or write of a chunk.
+type Error struct {
+	Store  string // Store.String
+	ID     index.ID
+	Status int // HTTP status that the failure stands for, 0 if none
+	Err    error
+
+	temporary bool
+	after     time.Duration
+}
+
+func (e *Error) Error() string {
+	return fmt.Sprintf("chunk %s in %s: %v", e.ID, e.Store, e.Err)
+}
+
+func (e *Error) Unwrap() error { return e.Err }
+
+// Temporary reports whether the same call may succeed a little later, with
+// nothing changed by anybody.
+func (e *Error) Temporary() bool { return e.temporary }
+
+// RetryAfter returns how long the server asked to be left alone, 0 if it did
+// not say.
+func (e *Error) RetryAfter() time.Duration { return e.after }
+
+// request is what one call asks of the server: mostly one request.
+type request struct {
+	store  *Store
+	id     index.ID
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	watch  *httpio.Watch // cancels ctx
+	limit  time.Duration // of watch
+
+	answered bool // the last request has a response
+	loggedIn bool // the last request carried credentials
+	got      int  // bytes of the body
+}
+
+// begin waits for a turn.
+func (s *Store) begin(ctx context.Context, id index.ID, limit time.Duration) (*request, error) {
+	q := &request{store: s, id: id, limit: limit}
+	q.ctx, q.cancel = context.WithCancelCause(ctx)
+	err := ctx.Err()
+	if err == nil {
+		select {
+		case s.slots <- struct{}{}:
+			q.watch = httpio.NewWatch(limit, q.cancel)
+			return q, nil
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+	}
+	defer q.cancel(nil)
+	return nil, q.fail(err)
+}
+
+func (q *request) end() {
+	q.watch.Stop()
+	q.cancel(nil)
+	<-q.store.slots
+}
+
+// send sends a request and returns the response up to its body, after asking
+// for other credentials where the server refuses those it got.
+func (q *request) send(method, address string, body []byte, header ...string) (*http.Response, error) {
+	q.answered, q.got = false, 0
+	for retried := false; ; retried = true {
+		q.watch.Restart()
+		login, err := q.store.currentLogin(q.ctx)
+		if err != nil {
+			return nil, err
+		}
+		q.loggedIn = *login != ""
+		req, err := http.NewRequestWithContext(q.ctx, method, address, nil)
+		if err != nil {
+			return nil, err
+		}
+		req.Header.Set("Accept-Encoding", "identity")
+		req.Header.Set("User-Agent", "bootfs")
+		for i := 0; i < len(header); i += 2 {
+			req.Header.Set(header[i], header[i+1])
+		}
+		if body != nil {
+			req.ContentLength = int64(len(body))
+			req.Header.Set("Content-Type", "application/octet-stream")
+			req.GetBody = func() (io.ReadCloser, error) { return upload{bytes.NewReader(body), q.watch}, nil }
+			req.Body, _ = req.GetBody()
+		}
+		client := http.Client{Transport: authorized{q.store.transport, q.store.origin, *login}, CheckRedirect: checkRedirect}
+		resp, err := client.Do(req)
+		q.watch.Stop()
+		if err != nil {
+			return nil, err
+		}
+		q.answered = true
+		refused := resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden
+		if !refused || retried || q.store.ask == nil || q.away(resp) {
+			return resp, nil
+		}
+		q.watch.Restart()
+		other, err := q.store.renewLogin(q.ctx, login)
+		q.watch.Stop()
+		if err == nil && *other == *login {
+			return resp, nil
+		}
+		q.leave(resp)
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// upload is the body of a PUT: each part that the connection takes is a sign of
+// life.
+type upload struct {
+	*bytes.Reader
+	watch *httpio.Watch
+}
+
+func (u upload) Read(p []byte) (int, error) {
+	u.watch.Restart()
+	return u.Reader.Read(p)
+}
+
+// WriteTo is not the bytes.Reader's, which would write all at once, unwatched.
+func (u upload) WriteTo(w io.Writer) (int64, error) { return io.Copy(w, struct{ io.Reader }{u}) }
+
+func (u upload) Close() error { return nil }
+
+// authorized shows the login to its origin only. A client follows redirects
+// through it, so this holds for every request of a chain.
+type authorized struct {
+	inner         http.RoundTripper
+	origin, login string
+}
+
+func (a authorized) RoundTrip(req *http.Request) (*http.Response, error) {
+	req = req.Clone(req.Context())
+	req.Header.Del("Authorization") // what a redirect brings in its URL
+	if a.login != "" && originOf(req.URL) == a.origin {
+		req.Header.Set("Authorization", a.login)
+	}
+	return a.inner.RoundTrip(req)
+}
+
+// currentLogin returns the Authorization header to be used.
+func (s *Store) currentLogin(ctx context.Context) (*string, error) {
+	if l := s.login.Load(); l != nil {
+		return l, nil
+	}
+	return s.renewLogin(ctx, nil)
+}
+
+// renewLogin replaces the login old by a new one, unless another request has
+// done so already: when a password changes, all running requests come here.
+func (s *Store) renewLogin(ctx context.Context, old *string) (*string, error) {
+	select {
+	case s.asking <- struct{}{}:
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	if l := s.login.Load(); l != old {
+		<-s.asking
+		return l, nil
+	}
+	// A credential helper may not know of ctx: it is left to finish alone.
+	done := make(chan error, 1)
+	go func() {
+		defer func() { <-s.asking }()
+		l, err := s.ask(ctx)
+		if err == nil {
+			h := l.header()
+			s.login.Store(&h)
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			return nil, fmt.Errorf("credentials for %s: %w", s.origin, err)
+		}
+		return s.login.Load(), nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// leave gives up the rest of a response, and keeps the connection where that
+// costs little.
+func (q *request) leave(resp *http.Response) {
+	if resp.ContentLength >= 0 && resp.ContentLength <= maxDrain {
+		q.watch.Restart()
+		io.Copy(io.Discard, io.LimitReader(resp.Body, maxDrain))
+		q.watch.Stop()
+	}
+	resp.Body.Close()
+}
+
+// away reports whether a response came from where the server redirected to.
+func (q *request) away(resp *http.Response) bool {
+	return originOf(resp.Request.URL) != q.store.origin
+}
+
+// statusError tells what a status other than success means, and what to do.
+func (q *request) statusError(resp *http.Response) error {
+	e := &Error{Status: resp.StatusCode}
+	what := fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
+	if q.away(resp) {
+		what += " from " + httpio.HostOf(resp.Request.URL.String())
+	}
+	say := func(hint string, args ...any) error {
+		e.Err = fmt.Errorf("%s: "+hint, append([]any{what}, args...)...)
+		return e
+	}
+	writes := resp.Request.Method == http.MethodPut
+	switch code := resp.StatusCode; {
+	case code == http.StatusNotFound && writes, code == http.StatusConflict:
+		return say("the server has no place for the chunk: make the directory %s there, and let PUT make those below it", q.store.base)
+	case code == http.StatusNotFound, code == http.StatusGone:
+		return say("%w", chunkstore.ErrNotFound)
+	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && q.away(resp):
+		// A signed URL that the server sent us to has died, and the next request
+		// gets a new one; or it wants credentials, which only the server gets.
+		e.temporary = true
+		return say("credentials go to %s only; name the store as it is called there if it wants them", q.store.origin)
+	case code == http.StatusUnauthorized && q.loggedIn:
+		return say("the server refuses the credentials")
+	case code == http.StatusUnauthorized:
+		return say("the server wants credentials")
+	case code == http.StatusForbidden && writes:
+		return say("the server does not let us write: allow PUT there, and see that the credentials are those of a writer")
+	case code == http.StatusForbidden:
+		return say("the server does not let us read: see to its file permissions, or to the credentials")
+	case (code == http.StatusMethodNotAllowed || code == http.StatusNotImplemented) && writes:
+		return say("the server takes no PUT: turn on WebDAV at %s, or write the chunks into the directory that it serves", q.store.base)
+	case code == http.StatusRequestEntityTooLarge:
+		return say("the server must allow requests of %d MiB", chunkstore.MaxStored>>20)
+	case code == http.StatusInsufficientStorage:
+		return say("%w", chunkstore.ErrFull)
+	case code == http.StatusBadRequest && resp.Request.URL.Scheme == "http":
+		return say("if the server speaks HTTPS, name the store https://…")
+	case code == http.StatusNotImplemented, code == http.StatusHTTPVersionNotSupported:
+	case code == http.StatusRequestTimeout, code == http.StatusTooEarly, code == http.StatusTooManyRequests, code >= 500:
+		e.temporary = true
+		e.after = httpio.RetryAfter(resp.Header.Get("Retry-After"), time.Now())
+		if e.after > 0 {
+			what += fmt.Sprintf(", to be asked again in %s", e.after.Round(time.Second))
+		}
+	}
+	e.Err = errors.New(what)
+	return e
+}
+
+// fail makes an *Error of err: in one line, without the query of a signed URL.
+func (q *request) fail(err error) error {
+	// Only our own verdict is taken over: another request's error may stand in
+	// err as the reason why this one was cancelled.
+	e, ok := err.(*Error)
+	if !ok {
+		e = &Error{temporary: true}
+	}
+	e.Store, e.ID = q.store.base, q.id
+
+	var certificate *tls.CertificateVerificationError
+	var broken *url.Error
+	switch {
+	case context.Cause(q.ctx) == httpio.ErrStalled:
+		q.store.hangUp() // other connections to the same place are likely as dead
+		e.temporary = true
+		e.Err = fmt.Errorf("%w: no answer in %s", httpio.ErrStalled, q.limit)
+		if q.answered {
+			e.Err = fmt.Errorf("%w: less than %d bytes in %s, %d bytes came before", httpio.ErrStalled, httpio.MinProgress, q.limit, q.got)
+		}
+	case q.ctx.Err() != nil:
+		e.temporary = false
+		e.Err = context.Cause(q.ctx)
+	case e.Err != nil:
+	case errors.As(err, &certificate):
+		e.temporary = false
+		e.Err = certificate
+		if errors.As(err, &broken) {
+			e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), certificate)
+		}
+	case errors.Is(err, http.ErrSchemeMismatch):
+		e.temporary = false
+		e.Err = fmt.Errorf("%s speaks plain HTTP: name the store http://…, or make it speak HTTPS", q.store.origin)
+	case errors.As(err, &broken):
+		e.temporary = !errors.Is(err, httpio.ErrRedirects) && !errors.Is(err, httpio.ErrDowngrade) && !errors.Is(err, errRedirectedWrite)
+		e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), broken.Err)
+	default:
+		e.Err = err
+	}
+	return e
+}
