@@ -38,8 +38,14 @@ const (
 	exitNotFound      = 127 // the program was not found
 )
 
-// gcPercent is how far boot's heap grows above what is in use, in per cent.
-const gcPercent = 100
+// How far boot's heap grows above what is in use, in per cent. While it serves,
+// most of it is chunks, which the collector need not look into: measured, 25
+// costs no more CPU time than 100 and holds 32 MB in place of 52. The start would
+// take some milliseconds longer.
+const (
+	gcPercentStart = 100
+	gcPercentServe = 25
+)
 
 // exitError is a failure with the exit status that it ends the container with.
 type exitError struct {
@@ -72,7 +78,7 @@ func Main() int {
 // ownMemorySettings undoes what the Go runtime took from the environment: GOGC
 // and GOMEMLIMIT there are the app's, made for its heap and not for boot's.
 func ownMemorySettings() {
-	debug.SetGCPercent(gcPercent)
+	debug.SetGCPercent(gcPercentStart)
 	debug.SetMemoryLimit(math.MaxInt64)
 }
 
@@ -118,6 +124,7 @@ func lead(c *caller, meeting *meeting, log *logger) (int, error) {
 		return 0, err
 	}
 	meeting.ready()
+	debug.SetGCPercent(gcPercentServe)
 	prefetch := startPrefetch(content, settings, log)
 	status := serve(app, signals)
 	prefetch.stop()

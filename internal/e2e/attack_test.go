@@ -125,7 +125,7 @@ func TestStopDuringTheStart(t *testing.T) {
 // TestMemory reads much in containers whose images set the Go runtime for a
 // program with a large heap.
 func TestMemory(t *testing.T) {
-	const limit = 100 << 10 // KiB; of it the decoded chunks that boot keeps are 16 MiB
+	const limit = 64 << 10 // KiB; the decoded chunks that boot keeps are a quarter of it
 	id := start(t, "--env", "GOGC=off", "--env", "GOMEMLIMIT=8GiB", "--env", "BOOTFS_PREFETCH=none",
 		"--tmpfs", "/.bootfs/rootfs.castr", w.image, "sleep", "600")
 	read := docker(t, "exec", id, "sh", "-c", `find /usr -xdev -type f -size +1M -exec cat {} + | wc -c`)
