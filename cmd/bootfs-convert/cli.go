@@ -82,8 +82,8 @@ SRC and DST are named as in skopeo:
   oci-archive:FILE[:TAG]      an OCI layout in a tar file
 
 The chunks of the root filesystem go to packs beside the image, where DST is a
-registry or an OCI layout, or to --store: a directory (a casync chunk store) or
-registry://HOST/REPOSITORY.
+registry or an OCI layout, or to --store: a directory (a casync chunk store),
+registry://HOST/REPOSITORY or https://HOST/PATH.
 `
 
 const rootExample = `  bootfs-convert debian:12 registry.example.com/debian:12-lazy
@@ -238,12 +238,12 @@ func checkStore(address string) error {
 	switch storeScheme.FindString(address) {
 	case "", "oci:":
 		return nil
-	case "registry:", "registry+http:":
+	case "registry:", "registry+http:", "http:", "https:":
 		if strings.Contains(address, "://") {
 			return nil
 		}
 	}
-	return usagef("--store %s: want a directory or registry://HOST/REPOSITORY", address)
+	return usagef("--store %s: want a directory, registry://HOST/REPOSITORY or https://HOST/PATH", address)
 }
 
 // absStores makes directories among addresses absolute.

@@ -25,7 +25,7 @@ type convertFlags struct {
 
 func (f *convertFlags) register(cmd *cobra.Command) {
 	fs := cmd.Flags()
-	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to: a directory or registry://HOST/REPOSITORY (default packs beside the image)")
+	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to: a directory, registry://HOST/REPOSITORY or https://HOST/PATH (default packs beside the image)")
 	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 

@@ -23,7 +23,7 @@ type readFlags struct {
 }
 
 func (f *readFlags) register(cmd *cobra.Command) {
-	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "`STORE` to look for chunks in first: a directory, registry://HOST/REPOSITORY or oci:DIR; may be repeated")
+	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "`STORE` to look for chunks in first: a directory, registry://HOST/REPOSITORY, https://HOST/PATH or oci:DIR; may be repeated")
 }
 
 // open opens a converted image.

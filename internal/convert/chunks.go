@@ -4,13 +4,16 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"iter"
+	"math/rand/v2"
 	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"github.com/container-bootfs/bootfs/chunker"
 	"github.com/container-bootfs/bootfs/chunkstore"
@@ -169,12 +172,41 @@ func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, 
 		}
 	}
 	stored := chunkstore.Encode(nil, plain)
-	if err := l.store.Put(ctx, id, stored); err != nil {
+	if err := l.put(ctx, id, stored); err != nil {
 		return nil, fmt.Errorf("store %s: %w", l.store, err)
 	}
 	l.written.Add(int64(len(stored)))
 	return stored, nil
 }
+
+const (
+	putAttempts = 6
+	putPause    = 200 * time.Millisecond // after the first attempt; then twice as long each time
+	maxPutPause = 30 * time.Second
+)
+
+// put writes a chunk, and tries again where the store says that this may help:
+// what has been converted is worth more than a server's hiccup.
+func (l *loose) put(ctx context.Context, id index.ID, stored []byte) error {
+	for attempt := 0; ; attempt++ {
+		err := l.store.Put(ctx, id, stored)
+		var told interface {
+			Temporary() bool
+			RetryAfter() time.Duration
+		}
+		if err == nil || attempt+1 == putAttempts || !errors.As(err, &told) || !told.Temporary() {
+			return err
+		}
+		pause := putPause << attempt
+		pause += rand.N(pause) // the workers shall not come back together
+		select {
+		case <-time.After(min(max(pause, told.RetryAfter()), maxPutPause)):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
 func (l *loose) add(index.ID, []byte, bool) (registrystore.Location, error) {
 	return registrystore.Location{}, nil
 }

@@ -13,12 +13,14 @@ import (
 	"log"
 	"maps"
 	"math/rand/v2"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/registry"
@@ -408,6 +410,78 @@ func TestRunLooseHeals(t *testing.T) {
 }
 
 // TestRunPlatforms converts an index of two platforms and an attestation.
+// TestRunWebStore writes to a web server that has its hiccups: the chunks are
+// those of a directory, and the image records the address without the password.
+func TestRunWebStore(t *testing.T) {
+	layers := sampleLayers()
+	src := writeLayout(t, sourceImage(t, "amd64", layers...))
+	served, dir := t.TempDir(), filepath.Join(t.TempDir(), "castr")
+	var puts atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name := filepath.Join(served, filepath.Clean(r.URL.Path))
+		if r.Method != http.MethodPut {
+			http.ServeFile(w, r, name)
+			return
+		}
+		b, err := io.ReadAll(r.Body)
+		switch _, password, _ := r.BasicAuth(); {
+		case password != "s3cret":
+			w.WriteHeader(http.StatusUnauthorized)
+		case puts.Add(1)%10 == 0:
+			w.WriteHeader(http.StatusServiceUnavailable)
+		case err == nil && os.MkdirAll(filepath.Dir(name), 0o755) == nil && os.WriteFile(name, b, 0o644) == nil:
+			w.WriteHeader(http.StatusCreated)
+		default:
+			w.WriteHeader(http.StatusInternalServerError)
+		}
+	}))
+	defer server.Close()
+
+	want := convertTo(t, src, ociRef(t), func(o *Options) { o.Store = dir })
+	dst := ociRef(t)
+	r := convertTo(t, src, dst, func(o *Options) { o.Store = "http://ci:s3cret@" + strings.TrimPrefix(server.URL, "http://") + "/castr" })
+	if !maps.Equal(blobs(t, filepath.Join(served, "castr")), blobs(t, dir)) {
+		t.Error("the store differs from that in a directory")
+	}
+	if a, b := r.Platforms[0].IndexDigest, want.Platforms[0].IndexDigest; a != b {
+		t.Errorf("got index %s, want %s", a, b)
+	}
+	if r.Store != server.URL+"/castr" {
+		t.Errorf("got store %s, want %s/castr", r.Store, server.URL)
+	}
+	o, err := converted.Open(t.Context(), dst, converted.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.Close()
+	root, err := o.Images[0].Spool(t.Context(), t.TempDir(), func(int64) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	_, image := planOf(t, layers)
+	if got, err := io.ReadAll(root); err != nil || !bytes.Equal(got, image) {
+		t.Errorf("the chunks do not give the root image: %v", err)
+	}
+	again := convertTo(t, src, ociRef(t), func(o *Options) { o.Store = server.URL + "/castr" }) // nothing to write: no password
+	if p := again.Platforms[0]; p.NewBytes != 0 || p.ReusedBytes != p.StoredBytes {
+		t.Errorf("once more: %d bytes new, %d of %d reused", p.NewBytes, p.ReusedBytes, p.StoredBytes)
+	}
+
+	if err := os.RemoveAll(filepath.Join(served, "castr")); err != nil {
+		t.Fatal(err)
+	}
+	for store, want := range map[string]string{
+		server.URL + "/castr": "401 Unauthorized: the server wants credentials",
+		"http://ci:s3cret@" + strings.TrimPrefix(server.URL, "http://") + "/castr?x": "want https://HOST/PATH",
+	} {
+		_, err := Run(t.Context(), Options{Source: src, Destination: ociRef(t), Boot: boot, TempDir: t.TempDir(), Store: store})
+		if err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "s3cret") {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+}
+
 func TestRunPlatforms(t *testing.T) {
 	files := entries{"bin/app": sample(1, 100_000)}
 	src := writeLayout(t, sourceImage(t, "amd64", files), sourceImage(t, "arm64", files), sourceImage(t, "mips64le", files))

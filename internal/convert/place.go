@@ -3,26 +3,32 @@ package convert
 import (
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"net/url"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 
+	"github.com/google/go-containerregistry/pkg/authn"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/local"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
+	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/internal/transport"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
 // chunkPlace is where the chunks of a conversion go: packs beside the image,
-// packs in another repository, or single files in a directory.
+// packs in another repository, or single files in a directory or on a web
+// server.
 type chunkPlace struct {
 	c       *conversion
 	address string                // as recorded in the image; "" beside the image in a layout
-	packs   transport.Destination // nil for a directory
+	packs   transport.Destination // nil for single chunks
 	own     bool                  // packs is not the image's destination
-	loose   *local.Store          // nil for packs
+	loose   chunkstore.Writer     // nil for packs
 }
 
 // openChunkPlace prepares the store that the options ask for.
@@ -36,12 +42,10 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 	case strings.HasPrefix(store, "oci:"):
 		return nil, errStore(store)
 	case isLoose(store):
-		if p.address, err = filepath.Abs(store); err != nil {
+		if p.loose, err = openLoose(store, c.o.Transport.Keychain); err != nil {
 			return nil, err
 		}
-		if p.loose, err = local.Create(p.address); err != nil {
-			return nil, fmt.Errorf("store: %w", err)
-		}
+		p.address = p.loose.String() // without credentials
 	default:
 		if p.packs, err = p.open(ctx, "packs"); err != nil {
 			return nil, err
@@ -53,6 +57,26 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 			"use a name that they can reach, or run them with --network host")
 	}
 	return p, nil
+}
+
+// openLoose opens a store of single chunks.
+func openLoose(store string, keychain authn.Keychain) (chunkstore.Writer, error) {
+	if stores.IsWeb(store) {
+		s, err := stores.Open(store, stores.Source{Registry: registrystore.RemoteOptions{Keychain: keychain}})
+		if err != nil {
+			return nil, &Error{Usage, err}
+		}
+		return s.(chunkstore.Writer), nil
+	}
+	dir, err := filepath.Abs(store)
+	if err != nil {
+		return nil, err
+	}
+	s, err := local.Create(dir)
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	return s, nil
 }
 
 // open opens the repository of packs that the options name. What keeps packs
@@ -78,7 +102,7 @@ func (p *chunkPlace) open(ctx context.Context, tag string) (transport.Destinatio
 
 // errStore refuses a store of no kind that chunks can be written to.
 func errStore(store string) error {
-	return &Error{Usage, fmt.Errorf("store %q: want a directory or registry://HOST/REPOSITORY", store)}
+	return &Error{Usage, fmt.Errorf("store %q: want a directory, registry://HOST/REPOSITORY or https://HOST/PATH", store)}
 }
 
 // loopbackHost returns the host of a store's address if it names the machine
@@ -95,7 +119,7 @@ func loopbackHost(address string) string {
 	return ""
 }
 
-// chunks puts the chunks of plan away. list is nil for a directory.
+// chunks puts the chunks of plan away. list is nil for single chunks.
 func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []span, progress func(int64)) (*chunked, []registrystore.Pack, error) {
 	if p.loose != nil {
 		l := &loose{store: p.loose}
@@ -165,7 +189,7 @@ func (p *chunkPlace) close() {
 	if p.own {
 		p.packs.Close()
 	}
-	if p.loose != nil {
-		p.loose.Close()
+	if c, ok := p.loose.(io.Closer); ok {
+		c.Close()
 	}
 }

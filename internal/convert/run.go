@@ -22,6 +22,7 @@ import (
 	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/startset"
+	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/internal/transport"
 	"github.com/container-bootfs/bootfs/internal/tree"
 	"github.com/container-bootfs/bootfs/registrystore"
@@ -98,7 +99,7 @@ func (c *conversion) transport(m *meter) transport.Options {
 func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	o := c.o
 	if o.Store == "" && !o.Destination.HoldsPacks() {
-		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: a directory or registry://HOST/REPOSITORY", o.Destination)}
+		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: a directory, registry://HOST/REPOSITORY or https://HOST/PATH", o.Destination)}
 	}
 	spooled := c.meter("", PhaseSource, 0)
 	src, err := transport.Open(ctx, o.Source, c.transport(spooled))
@@ -329,8 +330,11 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 // that converted it are not part of that: the digests would follow them.
 func sourceName(r transport.Ref) string { return r.Name }
 
-// isLoose reports whether a store takes single chunks: it is a directory.
-func isLoose(store string) bool { return store != "" && !strings.Contains(store, "://") }
+// isLoose reports whether a store takes single chunks: it is a directory or on a
+// web server.
+func isLoose(store string) bool {
+	return store != "" && (!strings.Contains(store, "://") || stores.IsWeb(store))
+}
 
 // digestOf is the OCI digest of b.
 func digestOf(b []byte) string {

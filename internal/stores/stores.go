@@ -3,13 +3,20 @@
 package stores
 
 import (
+	"context"
 	"fmt"
+	"net/url"
 	"path/filepath"
 	"strings"
 
+	"github.com/google/go-containerregistry/pkg/authn"
+
 	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/chunkstore/httpstore"
 	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
@@ -18,6 +25,7 @@ type Source struct {
 	Index    *index.Index
 	Locators *registrystore.Locators // nil: the chunks lie in loose stores only
 	Registry registrystore.RemoteOptions
+	SSH      sshstore.Options
 }
 
 // Open returns the store at address:
@@ -26,6 +34,14 @@ type Source struct {
 //	registry://host/repo  packs in a registry (http on the loopback)
 //	registry+http://…     the same over plain HTTP
 //	oci:/path             packs in an OCI layout
+//	https://host/path     a loose store on a web server
+//	http://host/path      the same over plain HTTP
+//	ssh://user@host/path  a loose store on a server, by casync's protocol or SFTP
+//	sftp://user@host/path the same, always by SFTP
+//
+// Credentials for a web server stand in its address, as user:password@, or are
+// those that the keychain has for its host and port; the latter are not sent
+// over plain HTTP, but for the loopback.
 func Open(address string, s Source) (chunkstore.Store, error) {
 	switch {
 	case filepath.IsAbs(address):
@@ -36,6 +52,10 @@ func Open(address string, s Source) (chunkstore.Store, error) {
 			return nil, err
 		}
 		return s.packs(address, blobs)
+	case IsWeb(address):
+		return httpstore.New(address, httpstore.Options{Login: webLogin(s.Registry.Keychain, address)})
+	case sshstore.Is(address):
+		return sshstore.New(address, s.SSH)
 	case strings.HasPrefix(address, "oci:"):
 		return s.packs(address, registrystore.NewLayoutBlobs(strings.TrimPrefix(address, "oci:")))
 	}
@@ -43,7 +63,7 @@ func Open(address string, s Source) (chunkstore.Store, error) {
 	if scheme, _, ok := strings.Cut(address, "://"); ok {
 		address = scheme + "://…"
 	}
-	return nil, fmt.Errorf("store %q: want /path, registry://host/repository or oci:/path", address)
+	return nil, fmt.Errorf("store %q: want /path, registry://host/repository, https://host/path, ssh://user@host/path, sftp://user@host/path or oci:/path", address)
 }
 
 func (s Source) packs(address string, b registrystore.Blobs) (chunkstore.Store, error) {
@@ -52,6 +72,40 @@ func (s Source) packs(address string, b registrystore.Blobs) (chunkstore.Store, 
 	}
 	return registrystore.NewStore(b, s.Locators, s.Index), nil
 }
+
+// IsWeb reports whether address is that of a web server.
+func IsWeb(address string) bool {
+	return strings.HasPrefix(address, "https://") || strings.HasPrefix(address, "http://")
+}
+
+// webLogin looks up the server at address in k, nil being docker's and podman's
+// credentials. It is nil where they must not be sent.
+func webLogin(k authn.Keychain, address string) func(context.Context) (httpstore.Login, error) {
+	u, err := url.Parse(address)
+	if err != nil || u.Scheme != "https" && !httpio.IsLoopback(u.Host) {
+		return nil
+	}
+	if k == nil {
+		k = authn.DefaultKeychain
+	}
+	return func(ctx context.Context) (httpstore.Login, error) {
+		found, err := authn.Resolve(ctx, k, webHost(u.Host))
+		if err != nil {
+			return httpstore.Login{}, err
+		}
+		c, err := authn.Authorization(ctx, found)
+		if err != nil {
+			return httpstore.Login{}, err
+		}
+		return httpstore.Login{User: c.Username, Password: c.Password, Token: c.RegistryToken}, nil
+	}
+}
+
+// webHost is the authn.Resource of a web server.
+type webHost string
+
+func (h webHost) String() string      { return string(h) }
+func (h webHost) RegistryStr() string { return string(h) }
 
 // Remote reports whether the store at address is reached over a network.
 func Remote(address string) bool {
