@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"mime"
-	"net"
 	"net/http"
 	"net/url"
 	"path"
@@ -21,21 +20,12 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
-const (
-	// defaultStall is how long a response may make no progress. It is well
-	// below the deadline of a read, so that a new connection gets its chance.
-	defaultStall = 10 * time.Second
-	// minProgress is what a response must bring within that time to count as
-	// alive, in bytes.
-	minProgress = 16 << 10
-	// maxSkip bounds what is read and thrown away where a registry answers
-	// with the whole blob, in bytes.
-	maxSkip = MaxPack
-
-	maxRedirects = 10
-)
+// maxSkip bounds what is read and thrown away where a registry answers
+// with the whole blob, in bytes.
+const maxSkip = MaxPack
 
 // RemoteOptions says how a registry is reached. The zero value fits a public
 // one.
@@ -79,13 +69,13 @@ func NewRemote(address string, o RemoteOptions) (Blobs, error) {
 	rest, ok := strings.CutPrefix(address, "registry://")
 	if !ok {
 		if rest, ok = strings.CutPrefix(address, "registry+http://"); !ok {
-			return nil, fmt.Errorf("store %q: want registry://host/repository", withoutUser(address))
+			return nil, fmt.Errorf("store %q: want registry://host/repository", httpio.WithoutUser(address))
 		}
 		o.Insecure = true
 	}
 	repo, err := parseRepository(rest, o.Insecure)
 	if err != nil {
-		return nil, fmt.Errorf("store %q: %w", withoutUser(address), err)
+		return nil, fmt.Errorf("store %q: %w", httpio.WithoutUser(address), err)
 	}
 	r := &remoteBlobs{
 		repo:     repo,
@@ -100,16 +90,16 @@ func NewRemote(address string, o RemoteOptions) (Blobs, error) {
 		r.keychain = authn.DefaultKeychain
 	}
 	if r.base == nil {
-		r.base = newTransport()
+		r.base = httpio.NewTransport(parallelRequests)
 	}
 	if t, ok := r.base.(interface{ CloseIdleConnections() }); ok {
 		r.hangUp = t.CloseIdleConnections
 	}
 	if r.stall == 0 {
-		r.stall = defaultStall
+		r.stall = httpio.Stall
 	}
 	scheme := "http"
-	if !o.Insecure && !isLoopback(repo.RegistryStr()) {
+	if !o.Insecure && !httpio.IsLoopback(repo.RegistryStr()) {
 		scheme = "https"
 		r.base = secure{r.base}
 	}
@@ -146,46 +136,9 @@ type secure struct{ inner http.RoundTripper }
 
 func (s secure) RoundTrip(req *http.Request) (*http.Response, error) {
 	if req.URL.Scheme != "https" {
-		return nil, errDowngrade
+		return nil, httpio.ErrDowngrade
 	}
 	return s.inner.RoundTrip(req)
-}
-
-// withoutUser drops what may be a password from an address that is refused.
-func withoutUser(address string) string {
-	scheme, rest, ok := strings.Cut(address, "://")
-	if at := strings.LastIndexByte(rest, '@'); ok && at >= 0 {
-		return scheme + "://" + rest[at+1:]
-	}
-	return address
-}
-
-// isLoopback tells from the name whether host, with or without a port, is
-// this machine.
-func isLoopback(host string) bool {
-	if h, _, err := net.SplitHostPort(host); err == nil {
-		host = h
-	}
-	if ip := net.ParseIP(strings.Trim(host, "[]")); ip != nil {
-		return ip.IsLoopback()
-	}
-	return host == "localhost" || strings.HasSuffix(host, ".localhost")
-}
-
-func newTransport() *http.Transport {
-	return &http.Transport{
-		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
-		TLSHandshakeTimeout:   10 * time.Second,
-		ExpectContinueTimeout: time.Second,
-		MaxIdleConnsPerHost:   parallelRequests,
-		IdleConnTimeout:       30 * time.Second,
-		DisableCompression:    true,
-		ForceAttemptHTTP2:     true,
-		// A connection that many requests share is given up when it dies; the
-		// requests on it would not notice.
-		HTTP2: &http.HTTP2Config{SendPingTimeout: 5 * time.Second, PingTimeout: 5 * time.Second},
-	}
 }
 
 func (r *remoteBlobs) String() string { return r.address }
@@ -202,7 +155,7 @@ func (r *remoteBlobs) Range(ctx context.Context, digest string, off, n int64) (i
 		return http.NoBody, nil
 	}
 	q.ctx, q.cancel = context.WithCancelCause(ctx)
-	q.watch(r.stall)
+	q.watch = httpio.NewWatch(r.stall, q.cancel)
 	if err := q.open(); err != nil {
 		err = q.fail(err)
 		q.Close()
@@ -219,21 +172,11 @@ type request struct {
 
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	dog    *time.Timer   // cancels ctx when the response stalls
-	budget time.Duration // what the dog has left of the stall time
-	gained int64         // bytes since the budget was full
+	watch  *httpio.Watch // cancels ctx when the response stalls
 
 	body io.ReadCloser
 	left int64 // bytes of the range that are still to come
 	err  error // sticky: what Read returned
-}
-
-var errStalled = errors.New("stalled")
-
-// watch starts the dog with a full budget.
-func (q *request) watch(budget time.Duration) {
-	q.budget, q.gained = budget, 0
-	q.dog = time.AfterFunc(budget, func() { q.cancel(errStalled) })
 }
 
 // open sends the request and checks the response up to its first byte.
@@ -247,11 +190,10 @@ func (q *request) open() error {
 		resp.Body.Close()
 		return err
 	}
-	q.dog.Stop()
-	q.budget = q.remote.stall
+	q.watch.Stop()
 	q.body, q.left = resp.Body, q.n
 	for buf := make([]byte, min(skip, 64<<10)); skip > 0; {
-		n, err := q.pull(buf[:min(skip, int64(len(buf)))])
+		n, err := q.watch.Read(q.body, buf[:min(skip, int64(len(buf)))])
 		skip -= int64(n)
 		if err == io.EOF && skip > 0 {
 			err = io.ErrUnexpectedEOF
@@ -274,7 +216,7 @@ func (q *request) send() (*http.Response, error) {
 		}
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.off, q.off+q.n-1))
 		req.Header.Set("Accept-Encoding", "identity")
-		client := http.Client{Transport: s.transport, CheckRedirect: checkRedirect}
+		client := http.Client{Transport: s.transport, CheckRedirect: httpio.CheckRedirect}
 		resp, err := client.Do(req)
 		if !retried && wantsLogin(s, resp, err, u.Host) {
 			if resp != nil {
@@ -307,21 +249,6 @@ func wantsLogin(s *session, resp *http.Response, err error, host string) bool {
 		return s.scheme == "http"
 	}
 	return false
-}
-
-var (
-	errRedirects = fmt.Errorf("more than %d redirects", maxRedirects)
-	errDowngrade = errors.New("refused to go on from https to http")
-)
-
-func checkRedirect(req *http.Request, via []*http.Request) error {
-	if len(via) > maxRedirects {
-		return errRedirects
-	}
-	if req.URL.Scheme != "https" && via[len(via)-1].URL.Scheme == "https" {
-		return errDowngrade
-	}
-	return nil
 }
 
 // renew replaces session old by a new one, unless another request has done so
@@ -431,24 +358,13 @@ func (q *request) statusError(resp *http.Response) error {
 	case http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests, http.StatusInternalServerError,
 		http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
 		e.temporary = true
-		e.after = retryAfter(resp.Header.Get("Retry-After"), time.Now())
+		e.after = httpio.RetryAfter(resp.Header.Get("Retry-After"), time.Now())
 		if e.after > 0 {
 			what += fmt.Sprintf(", to be asked again in %s", e.after.Round(time.Second))
 		}
 	}
 	e.Err = errors.New(what)
 	return e
-}
-
-// retryAfter reads a Retry-After header: seconds or a date. 0 is none.
-func retryAfter(h string, now time.Time) time.Duration {
-	d := time.Duration(0)
-	if s, err := strconv.ParseUint(h, 10, 31); err == nil {
-		d = time.Duration(s) * time.Second
-	} else if t, err := http.ParseTime(h); err == nil {
-		d = t.Sub(now)
-	}
-	return max(d, 0)
 }
 
 // parseContentRange reads "bytes FIRST-LAST/SIZE", where SIZE may be "*".
@@ -487,7 +403,7 @@ func (q *request) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	n, err := q.pull(p[:min(int64(len(p)), q.left)])
+	n, err := q.watch.Read(q.body, p[:min(int64(len(p)), q.left)])
 	q.left -= int64(n)
 	switch {
 	case q.left == 0:
@@ -503,24 +419,9 @@ func (q *request) Read(p []byte) (int, error) {
 	return 0, q.err
 }
 
-// pull reads from the body under the eyes of the dog. Only the time inside
-// counts: a reader may take its time between two calls.
-func (q *request) pull(p []byte) (int, error) {
-	start := time.Now()
-	q.dog.Reset(q.budget)
-	n, err := q.body.Read(p)
-	q.dog.Stop()
-	if q.gained += int64(n); q.gained >= minProgress {
-		q.budget, q.gained = q.remote.stall, 0
-	} else {
-		q.budget = max(q.budget-time.Since(start), 1)
-	}
-	return n, err
-}
-
 func (q *request) Close() error {
-	if q.dog != nil {
-		q.dog.Stop()
+	if q.watch != nil {
+		q.watch.Stop()
 	}
 	var err error
 	if q.body != nil {
@@ -546,12 +447,12 @@ func (q *request) fail(err error) error {
 	var status *transport.Error
 	var broken *url.Error
 	switch {
-	case q.ctx != nil && context.Cause(q.ctx) == errStalled:
+	case q.ctx != nil && context.Cause(q.ctx) == httpio.ErrStalled:
 		q.remote.hangUp() // other connections to the same place are likely as dead
 		e.temporary = true
-		e.Err = fmt.Errorf("%w: less than %d bytes in %s, %d of %d bytes came before", errStalled, minProgress, q.remote.stall, q.n-q.left, q.n)
+		e.Err = fmt.Errorf("%w: less than %d bytes in %s, %d of %d bytes came before", httpio.ErrStalled, httpio.MinProgress, q.remote.stall, q.n-q.left, q.n)
 		if q.body == nil {
-			e.Err = fmt.Errorf("%w: no answer in %s", errStalled, q.remote.stall)
+			e.Err = fmt.Errorf("%w: no answer in %s", httpio.ErrStalled, q.remote.stall)
 		}
 	case q.ctx == nil || q.ctx.Err() != nil:
 		e.temporary = false
@@ -564,7 +465,7 @@ func (q *request) fail(err error) error {
 		e.temporary = false
 		e.Err = certificate
 		if errors.As(err, &broken) {
-			e.Err = fmt.Errorf("%s: %w", hostOf(broken.URL), certificate)
+			e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), certificate)
 		}
 	case errors.As(err, &status):
 		e.Status = status.StatusCode
@@ -574,21 +475,12 @@ func (q *request) fail(err error) error {
 		e.temporary = false
 		e.Err = fmt.Errorf("%s speaks plain HTTP: name the store registry+http://…, or make it speak HTTPS", q.remote.repo.RegistryStr())
 	case errors.As(err, &broken):
-		e.temporary = !errors.Is(err, errRedirects) && !errors.Is(err, errDowngrade)
-		e.Err = fmt.Errorf("%s: %w", hostOf(broken.URL), broken.Err)
+		e.temporary = !errors.Is(err, httpio.ErrRedirects) && !errors.Is(err, httpio.ErrDowngrade)
+		e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), broken.Err)
 	default:
 		e.Err = err
 	}
 	return e
-}
-
-// hostOf returns what may be said of a URL.
-func hostOf(raw string) string {
-	u, err := url.Parse(raw)
-	if err != nil {
-		return "a malformed URL"
-	}
-	return u.Scheme + "://" + u.Host
 }
 
 // oneLine makes a server's words fit for a message.

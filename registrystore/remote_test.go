@@ -20,6 +20,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
 func TestParseContentRange(t *testing.T) {
@@ -75,25 +76,6 @@ func FuzzContentRange(f *testing.F) {
 			t.Fatalf("%q: %q gives %d, %d, %v", s, again, f2, l2, err)
 		}
 	})
-}
-
-func TestRetryAfter(t *testing.T) {
-	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	for h, want := range map[string]time.Duration{
-		"":                              0,
-		"0":                             0,
-		"7":                             7 * time.Second,
-		"-7":                            0,
-		"7.5":                           0,
-		"99999999999999999999":          0,
-		"Fri, 02 Jan 2026 03:04:35 GMT": 30 * time.Second,
-		"Fri, 02 Jan 2026 03:03:35 GMT": 0,
-		"soon":                          0,
-	} {
-		if got := retryAfter(h, now); got != want {
-			t.Errorf("%q: got %s, want %s", h, got, want)
-		}
-	}
 }
 
 func TestAddresses(t *testing.T) {
@@ -581,7 +563,7 @@ func TestTLS(t *testing.T) {
 
 	proxy.Set(faultproxy.Redirect(307, proxy.Other(), false))
 	_, err := s.Get(t.Context(), id, nil)
-	checkFault(t, "Get", err, errDowngrade.Error(), false)
+	checkFault(t, "Get", err, httpio.ErrDowngrade.Error(), false)
 	proxy.Set(nil)
 
 	_, err = im.storeAt(t, "registry://"+host+"/app", RemoteOptions{}).Get(t.Context(), id, nil)
@@ -608,7 +590,7 @@ func TestTLS(t *testing.T) {
 
 func TestPlainHTTPElsewhere(t *testing.T) {
 	im, proxy := faulty(t, 20)
-	dialer := newTransport()
+	dialer := httpio.NewTransport(parallelRequests)
 	dialer.DialContext = func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, network, proxy.Addr())
 	}

@@ -107,7 +107,7 @@ func New(address string, o Options) (*Store, error) {
 	// What url says of a malformed address may repeat a password.
 	if err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Hostname() == "" || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" ||
 		strings.Contains(u.EscapedPath(), "@") {
-		return nil, fmt.Errorf("store %q: want https://HOST/PATH or http://HOST/PATH, with %%XX for special characters", withoutUser(address))
+		return nil, fmt.Errorf("store %q: want https://HOST/PATH or http://HOST/PATH, with %%XX for special characters", httpio.WithoutUser(address))
 	}
 	s := &Store{
 		base:      u.Scheme + "://" + u.Host + strings.TrimRight(u.EscapedPath(), "/"),
@@ -138,19 +138,6 @@ func New(address string, o Options) (*Store, error) {
 		s.stall = httpio.Stall
 	}
 	return s, nil
-}
-
-// withoutUser drops what may be a password from an address that is refused.
-func withoutUser(address string) string {
-	scheme, rest, ok := strings.Cut(address, "://")
-	if !ok {
-		scheme, rest = "", address
-	}
-	rest = rest[strings.LastIndexByte(rest, '@')+1:]
-	if !ok {
-		return rest
-	}
-	return scheme + "://" + rest
 }
 
 // originOf returns scheme, host and port of u in the one form that can be

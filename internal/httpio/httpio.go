@@ -85,6 +85,16 @@ func HostOf(raw string) string {
 	return u.Scheme + "://" + u.Host
 }
 
+// WithoutUser drops what may be a password from an address that is refused,
+// well-formed or not: all up to the last "@", but the scheme.
+func WithoutUser(address string) string {
+	scheme, rest, ok := strings.Cut(address, "://")
+	if !ok {
+		return address[strings.LastIndexByte(address, '@')+1:]
+	}
+	return scheme + "://" + rest[strings.LastIndexByte(rest, '@')+1:]
+}
+
 // IsLoopback tells from the name whether host, with or without a port, is
 // this machine.
 func IsLoopback(host string) bool {
