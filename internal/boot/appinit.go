@@ -183,9 +183,12 @@ func execProgram(program string, argv, env []string, cwd string) error {
 	if err == nil {
 		err = syscall.Exec(file, argv, env)
 	}
-	status := exitNotExecutable
-	if errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist) {
-		status = exitNotFound
+	err = fmt.Errorf("run %s: %w", program, err)
+	switch {
+	case errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist):
+		return &exitError{status: exitNotFound, err: err}
+	case errors.Is(err, unix.EIO):
+		return fmt.Errorf("%w: its chunks could not be had, see above", err)
 	}
-	return &exitError{status: status, err: fmt.Errorf("run %s: %w", program, err)}
+	return &exitError{status: exitNotExecutable, err: err}
 }

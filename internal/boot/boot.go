@@ -25,6 +25,7 @@ import (
 	"math"
 	"os"
 	"runtime/debug"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -119,13 +120,15 @@ func lead(c *caller, meeting *meeting, log *logger) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	// From here on the network is used. The app's own exec is its first reader.
+	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
+	prefetch := startPrefetch(content, settings, log)
 	app, err := startApp(c.withoutOwnEnv(), root.masks, settings.keepSysAdmin)
 	if err != nil {
 		return 0, err
 	}
 	meeting.ready()
 	debug.SetGCPercent(gcPercentServe)
-	prefetch := startPrefetch(content, settings, log)
 	status := serve(app, signals)
 	prefetch.stop()
 	content.close()

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/crypto/x509roots/fallback/bundle"
@@ -223,6 +224,54 @@ func (c *content) prefetchAll(ctx context.Context) error {
 			}
 		}
 	})
+}
+
+// cutOffAfter is how long boot tries before it says what a person could do
+// about a store that does not answer.
+const cutOffAfter = 5 * time.Second
+
+// warnIfCutOff says once what stands between a container and its chunks, if
+// none has come and the stores fail. The fetcher has logged how they do.
+func (c *content) warnIfCutOff() {
+	if warning := cutOff(c.fetcher.Stats(), resolvers("/etc/resolv.conf")); warning != "" {
+		c.log.Warn(warning)
+	}
+}
+
+func cutOff(s chunkstore.Stats, resolvers []string) string {
+	var names []string
+	for _, store := range s.Stores {
+		if store.Chunks > 0 {
+			return ""
+		}
+		if store.Failures > 0 {
+			names = append(names, store.Name)
+		}
+	}
+	if len(names) == 0 {
+		return ""
+	}
+	by := "no resolver"
+	if len(resolvers) > 0 {
+		by = "resolver " + strings.Join(resolvers, ", ")
+	}
+	return fmt.Sprintf("no chunk has come from %s in %s, looked up by %s: give the container a way there (--network, --dns), a filled cache (-v CACHE:%s) or another store (-e BLOB_STORE=ADDRESS)",
+		strings.Join(names, ", "), cutOffAfter, by, bootimage.CachePath)
+}
+
+// resolvers returns the name servers that a resolv.conf lists.
+func resolvers(path string) []string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	var list []string
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == "nameserver" {
+			list = append(list, f[1])
+		}
+	}
+	return list
 }
 
 // close waits for the cache to take what is on its way and ends the mount: the

@@ -10,6 +10,8 @@ import (
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
 )
 
 func TestRequested(t *testing.T) {
@@ -166,5 +168,44 @@ func TestPlace(t *testing.T) {
 				t.Errorf("got inode %d of mode %o, want inode %d at %s", got.Ino, got.Mode, want.Ino, c.really)
 			}
 		})
+	}
+}
+
+func TestCutOff(t *testing.T) {
+	failing := chunkstore.StoreStats{Name: "registry://r/a", Failures: 3}
+	answering := chunkstore.StoreStats{Name: "/store", Count: chunkstore.Count{Chunks: 1}}
+	for _, c := range []struct {
+		name   string
+		stores []chunkstore.StoreStats
+		says   []string
+	}{
+		{"nothing was asked for", []chunkstore.StoreStats{{Name: "registry://r/a"}}, nil},
+		{"one of two answers", []chunkstore.StoreStats{failing, answering}, nil},
+		{"none answers", []chunkstore.StoreStats{failing, {Name: "unasked"}}, []string{"from registry://r/a in 5s", "resolver 192.0.2.1, 192.0.2.2", "--network", "BLOB_STORE"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			got := cutOff(chunkstore.Stats{Stores: c.stores}, []string{"192.0.2.1", "192.0.2.2"})
+			if (got == "") != (c.says == nil) {
+				t.Fatalf("got %q", got)
+			}
+			for _, part := range c.says {
+				if !strings.Contains(got, part) {
+					t.Errorf("got %q, want it to say %q", got, part)
+				}
+			}
+		})
+	}
+}
+
+func TestResolvers(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "resolv.conf")
+	if err := os.WriteFile(path, []byte("# nameserver 1\nsearch x\nnameserver 192.0.2.1\nnameserver\n nameserver ::1\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := resolvers(path), []string{"192.0.2.1", "::1"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if got := resolvers(path + ".absent"); got != nil {
+		t.Errorf("got %q of an absent file", got)
 	}
 }
