@@ -342,7 +342,7 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 			}
 		}
 		if !notFound && ctx.Err() == nil {
-			s.failed(ws[0].chunk.ID, err)
+			s.failed(err)
 		}
 	}
 	take := func(w *want, frame []byte) error {

@@ -76,15 +76,15 @@ func (s *source) inTrouble() bool {
 	return false
 }
 
-// failed notes that the store could not be asked for id.
-func (s *source) failed(id index.ID, err error) {
+// failed notes that the store could not be asked; err names it and the chunk.
+func (s *source) failed(err error) {
 	s.failures.Add(1)
 	now := time.Now()
 	s.mu.Lock()
 	s.trouble, s.retryAt = now, now.Add(troublePause)
 	s.mu.Unlock()
 	if n, ok := s.faults.allow(now); ok {
-		s.log.Warn("store fails", "store", s.String(), "chunk", id.String(), "error", err, "failures", n)
+		s.log.Warn("store fails", "error", err, "failures", n)
 	}
 }
 
