@@ -183,7 +183,7 @@ func (f *readFlags) printChecked(all []checked) error {
 		if !c.SameIndex {
 			index = "the conversion computed anew gives another index"
 		}
-		verdict := fmt.Sprintf("no difference in %d files", c.Files)
+		verdict := fmt.Sprintf("no difference in %d paths", c.Files)
 		if n := len(c.Differences); n > 0 {
 			verdict = fmt.Sprintf("%d differences in %d files", n, c.Files)
 		}

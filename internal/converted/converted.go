@@ -10,12 +10,13 @@ package converted
 import (
 	"bytes"
 	"context"
-	"errors"
+
 	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -148,7 +149,11 @@ func (i *Image) Stores() ([]chunkstore.Store, error) {
 		add(a)
 	}
 	if len(out) == 0 {
-		return nil, errors.Join(append(errs, errors.New("no store of the image's chunks can be read"))...)
+		var reasons strings.Builder
+		for _, err := range errs {
+			fmt.Fprintf(&reasons, "; %v", err)
+		}
+		return nil, fmt.Errorf("no store of the image's chunks can be read, name one with --store: %w%s", chunkstore.ErrNotFound, &reasons)
 	}
 	for _, err := range errs {
 		i.options.Log.Warn("store left out", "reason", err)
