@@ -13,6 +13,7 @@ docker-registry  docker-registry
 skopeo           skopeo
 umoci            umoci
 casync           casync
+sshd             openssh-server
 nginx            nginx
 fsck.erofs       erofs-utils
 mmdebstrap       mmdebstrap
