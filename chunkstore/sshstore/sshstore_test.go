@@ -22,6 +22,7 @@ import (
 // TestContract: by SFTP, a store is what every store is, whichever way SFTP
 // came to be used.
 func TestContract(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name, scheme string
 		config       []string
@@ -36,8 +37,14 @@ func TestContract(t *testing.T) {
 	}
 }
 
-// TestHardened: a user who may nothing but SFTP in a directory of his own.
-func TestHardened(t *testing.T) {
+// TestSample: the server of samples/ssh, whose user may nothing but SFTP in a
+// directory of his own.
+func TestSample(t *testing.T) {
+	t.Parallel()
+	sample, err := os.ReadFile("../../samples/ssh/sshd_config")
+	if err != nil {
+		t.Fatal(err)
+	}
 	// sshd wants every directory above the root to be root's.
 	root, err := os.MkdirTemp("/var/lib", "bootfs-sshstore-test-")
 	if err != nil {
@@ -48,7 +55,14 @@ func TestHardened(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, scheme := range []string{"ssh", "sftp"} {
-		server := startServer(t, "ForceCommand internal-sftp", "ChrootDirectory "+root)
+		// The first value counts: these, and for the rest the sample's.
+		config := []string{"ChrootDirectory " + root, "AllowUsers root"}
+		for line := range strings.Lines(string(sample)) {
+			if kind, _, _ := strings.Cut(line, " "); kind != "Port" && kind != "Subsystem" { // of which there may be many, or but one
+				config = append(config, strings.TrimSpace(line))
+			}
+		}
+		server := startServer(t, config...)
 		st := server.open(scheme, "/"+scheme)
 		id, frame := chunk(1, 5000)
 		if err := st.Put(t.Context(), id, frame); err != nil {
@@ -202,6 +216,7 @@ func TestInFlight(t *testing.T) {
 // TestRestart: a server that was killed is connected to again, and nothing that
 // failed meanwhile is remembered.
 func TestRestart(t *testing.T) {
+	t.Parallel()
 	for _, scheme := range []string{"ssh", "sftp"} {
 		t.Run(scheme, func(t *testing.T) {
 			server := startServer(t)
@@ -273,15 +288,17 @@ func wantTemporary(t *testing.T, err error, want bool) {
 // TestSilence: a connection on which nothing arrives any more is given up, a
 // caller's deadline holds before that, and the next connection works.
 func TestSilence(t *testing.T) {
+	t.Parallel()
 	for _, scheme := range []string{"ssh", "sftp"} {
 		t.Run(scheme, func(t *testing.T) {
+			t.Parallel()
 			server := startServer(t)
 			p := startProxy(t, server.addr, 0)
 			dir := t.TempDir()
 			ids := fill(t, dir, 10)
 			o := server.options()
 			o.HostKeys = []string{strings.SplitN(server.hostKey, " ", 2)[1]}
-			o.Stall = 2 * time.Second
+			o.Stall = time.Second
 			st := server.openAt(scheme, p.addr, dir, o)
 			if _, err := st.Get(t.Context(), ids[0], nil); err != nil {
 				t.Fatal(err)
@@ -330,6 +347,7 @@ func TestSilence(t *testing.T) {
 // TestStuck: a FIFO in a chunk's place makes OpenSSH's SFTP wait for ever. Who
 // waits long enough takes it down, and the others go on.
 func TestStuck(t *testing.T) {
+	t.Parallel()
 	server := startServer(t)
 	dir := t.TempDir()
 	ids := fill(t, dir, 3)
@@ -360,6 +378,7 @@ func TestStuck(t *testing.T) {
 // TestFetcher: a Fetcher reads from a server again and again, and what the
 // server does not have fails at once.
 func TestFetcher(t *testing.T) {
+	t.Parallel()
 	server := startServer(t)
 	dir := t.TempDir()
 	ids := fill(t, dir, 100)
@@ -383,6 +402,7 @@ func TestFetcher(t *testing.T) {
 }
 
 func TestNoDirectory(t *testing.T) {
+	t.Parallel()
 	server := startServer(t)
 	st := server.open("sftp", "/nonexistent/store.castr")
 	_, err := st.Get(t.Context(), index.ID{}, nil)
