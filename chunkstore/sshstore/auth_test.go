@@ -42,6 +42,7 @@ func wantRefused(t *testing.T, err error, what ...string) {
 }
 
 func TestHostKeys(t *testing.T) {
+	t.Parallel()
 	server := startServer(t)
 	address := "sftp://root@" + server.addr + "/nonexistent"
 	with := func(pins, known string) Options {
@@ -126,6 +127,7 @@ func mustKey(t *testing.T, line string) ssh.PublicKey {
 }
 
 func TestKeys(t *testing.T) {
+	t.Parallel()
 	server := startServer(t)
 	address := "ssh://root@" + server.addr + "/nonexistent"
 	dir := t.TempDir()
@@ -198,6 +200,7 @@ func TestKeys(t *testing.T) {
 }
 
 func TestPassword(t *testing.T) {
+	t.Parallel()
 	const right = "s3cret word"
 	check := func(ok bool) (*ssh.Permissions, error) {
 		if !ok {

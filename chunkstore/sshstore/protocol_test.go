@@ -27,6 +27,7 @@ func header(k kind, size uint64) []byte {
 // TestHostile: whatever a server sends after its hello, the reader gets an
 // error soon, and one that says whether to try again.
 func TestHostile(t *testing.T) {
+	t.Parallel()
 	id, stored := chunk(1, 3000)
 	good := append(message{kind: kindChunk, number: chunkCompressed, id: id, data: len(stored)}.append(nil), stored...)
 	file := filepath.Join(t.TempDir(), "answer")
@@ -90,6 +91,7 @@ func TestHostile(t *testing.T) {
 
 // TestNotCasync: what answers a command, but not as casync, leads to SFTP.
 func TestNotCasync(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	ids := fill(t, dir, 1)
 	file := filepath.Join(t.TempDir(), "answer")

@@ -78,6 +78,7 @@ func TestSample(t *testing.T) {
 // TestCasync: a server with casync is spoken to in its protocol, and what it
 // does not do twice is asked of a second one.
 func TestCasync(t *testing.T) {
+	t.Parallel()
 	server := startServer(t, "Subsystem other /bin/false") // sftp stands first; casync must do the reading
 	dir := filepath.Join(t.TempDir(), "it's a store")
 	ids := fill(t, dir, 200)
