@@ -280,7 +280,7 @@ func TestPlainRefusals(t *testing.T) {
 		{"an unknown setting", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--env", "BOOTFS_PREFETCH=sometimes"}, "BOOTFS_PREFETCH"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := docker(t, append(append([]string{"run", "--rm", "--network", "none"}, c.args...), w.image, "true")...)
+			r := docker(t, append(append([]string{"run", "--rm", "--network", "none", "--env", "BOOTFS_PREFETCH=none"}, c.args...), w.image, "true")...)
 			if r.code != 125 || !strings.Contains(r.stderr, c.says) || strings.Count(r.stderr, "\n") != 1 {
 				t.Errorf("exit %d, stderr %q; want exit 125 and one line with %q", r.code, r.stderr, c.says)
 			}

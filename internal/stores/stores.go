@@ -14,7 +14,6 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/httpstore"
 	"github.com/container-bootfs/bootfs/chunkstore/local"
-	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/registrystore"
@@ -25,7 +24,6 @@ type Source struct {
 	Index    *index.Index
 	Locators *registrystore.Locators // nil: the chunks lie in loose stores only
 	Registry registrystore.RemoteOptions
-	SSH      sshstore.Options
 }
 
 // Open returns the store at address:
@@ -36,8 +34,6 @@ type Source struct {
 //	oci:/path             packs in an OCI layout
 //	https://host/path     a loose store on a web server
 //	http://host/path      the same over plain HTTP
-//	ssh://user@host/path  a loose store on a server, by casync's protocol or SFTP
-//	sftp://user@host/path the same, always by SFTP
 //
 // Credentials for a web server stand in its address, as user:password@, or are
 // those that the keychain has for its host and port; the latter are not sent
@@ -54,8 +50,6 @@ func Open(address string, s Source) (chunkstore.Store, error) {
 		return s.packs(address, blobs)
 	case IsWeb(address):
 		return httpstore.New(address, httpstore.Options{Login: webLogin(s.Registry.Keychain, address)})
-	case sshstore.Is(address):
-		return sshstore.New(address, s.SSH)
 	case strings.HasPrefix(address, "oci:"):
 		return s.packs(address, registrystore.NewLayoutBlobs(strings.TrimPrefix(address, "oci:")))
 	}
@@ -63,7 +57,7 @@ func Open(address string, s Source) (chunkstore.Store, error) {
 	if scheme, _, ok := strings.Cut(address, "://"); ok {
 		address = scheme + "://…"
 	}
-	return nil, fmt.Errorf("store %q: want /path, registry://host/repository, https://host/path, ssh://user@host/path, sftp://user@host/path or oci:/path", address)
+	return nil, fmt.Errorf("store %q: want /path, registry://host/repository, https://host/path or oci:/path", address)
 }
 
 func (s Source) packs(address string, b registrystore.Blobs) (chunkstore.Store, error) {
