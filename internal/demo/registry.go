@@ -1,16 +1,19 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"io"
 	"log"
 	"net"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 
 	"github.com/google/go-containerregistry/pkg/registry"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
 // countingRegistry is a registry within this process. Its blobs are files, so a
@@ -32,8 +35,9 @@ func startRegistry(dir string) (*countingRegistry, error) {
 		return nil, err
 	}
 	r := &countingRegistry{address: l.Addr().String(), dir: dir, done: make(chan error, 1)}
+	disk := registry.NewDiskBlobHandler(dir)
 	blobs := registry.New(
-		registry.WithBlobHandler(registry.NewDiskBlobHandler(dir)),
+		registry.WithBlobHandler(blobFiles{disk, disk.(registry.BlobPutHandler), dir}),
 		registry.Logger(log.New(io.Discard, "", 0)))
 	r.server = &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 		if req.Method == http.MethodGet && strings.Contains(req.URL.Path, "/blobs/sha256:") {
@@ -43,6 +47,25 @@ func startRegistry(dir string) (*countingRegistry, error) {
 	})}
 	go func() { r.done <- r.server.Serve(l) }()
 	return r, nil
+}
+
+// blobFiles tells the size of a blob from its file. The handler below it reads
+// and hashes the whole file, for each Range request anew.
+type blobFiles struct {
+	registry.BlobHandler
+	registry.BlobPutHandler
+	dir string
+}
+
+func (b blobFiles) Stat(_ context.Context, _ string, h v1.Hash) (int64, error) {
+	info, err := os.Stat(filepath.Join(b.dir, h.Algorithm, h.Hex))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, registry.ErrNotFound
+	}
+	if err != nil {
+		return 0, err
+	}
+	return info.Size(), nil
 }
 
 func (r *countingRegistry) close() error {
