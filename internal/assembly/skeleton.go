@@ -23,9 +23,6 @@ const (
 	maxShippedFile = 64 << 20
 )
 
-// defaultPath is what engines search when the image sets no PATH.
-const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
 // Files of the source that are read in the boot image, before or without its
 // start: names in the engine's user lookup, the rest by scanners. A name that
 // ends with "/*" stands for the files of that directory.
@@ -103,7 +100,7 @@ func searchPath(c *v1.Config) string {
 			return p
 		}
 	}
-	return defaultPath
+	return bootimage.DefaultPath
 }
 
 // namedPaths returns the paths that the image's commands name, absolute.

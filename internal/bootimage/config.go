@@ -19,6 +19,9 @@ const (
 	SecretsPrefix = "/run/secrets/bootfs" // the same, as Docker mounts secrets
 )
 
+// DefaultPath is the PATH that engines set where an image has none.
+const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 // Version is the format version of Config. A boot binary refuses any other.
 const Version = 1
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"net/url"
 	"path/filepath"
 	"strings"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/internal/transport"
@@ -109,14 +109,10 @@ func errStore(store string) error {
 // itself, else "".
 func loopbackHost(address string) string {
 	u, err := url.Parse(address)
-	if err != nil || u.Host == "" {
+	if err != nil || !httpio.IsLoopback(u.Host) {
 		return ""
 	}
-	h := u.Hostname()
-	if ip := net.ParseIP(h); ip != nil && ip.IsLoopback() || h == "localhost" || strings.HasSuffix(h, ".localhost") {
-		return u.Host
-	}
-	return ""
+	return u.Host
 }
 
 // chunks puts the chunks of plan away. list is nil for single chunks.

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/tree"
 )
 
@@ -31,16 +32,13 @@ type Program struct {
 	WorkingDir string   // "" is "/"
 }
 
-// defaultPath is what engines set when an image has no PATH.
-const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-
 // Files returns the regular files that p reads at its start, as paths without
 // symlinks, each once, in the order in which they are read.
 func Files(t *tree.Tree, p Program) []string {
 	s := &search{tree: t, program: p, left: maxLookups, seen: map[string]bool{}}
 	s.path = s.env("PATH")
 	if s.path == "" {
-		s.path = defaultPath
+		s.path = bootimage.DefaultPath
 	}
 	s.libraryPath = strings.FieldsFunc(s.env("LD_LIBRARY_PATH"), func(r rune) bool { return r == ':' })
 	s.words(p.Args)

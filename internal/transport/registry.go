@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
+	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
@@ -148,7 +149,7 @@ func (t *hostTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 	if t.insecure[r.URL.Host] {
 		return t.lax.RoundTrip(r)
 	}
-	if r.URL.Scheme != "https" && !isLoopback(r.URL.Hostname()) {
+	if r.URL.Scheme != "https" && !httpio.IsLoopback(r.URL.Host) {
 		return nil, fmt.Errorf("%s: %w", r.URL.Host, errPlainHTTP)
 	}
 	resp, err := t.strict.RoundTrip(r)
@@ -163,11 +164,6 @@ func (t *hostTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 func (t *hostTransport) CloseIdleConnections() {
 	t.strict.CloseIdleConnections()
 	t.lax.CloseIdleConnections()
-}
-
-func isLoopback(host string) bool {
-	ip := net.ParseIP(host)
-	return ip != nil && ip.IsLoopback() || host == "localhost" || strings.HasSuffix(host, ".localhost")
 }
 
 // registrySource reads an image from a registry.
