@@ -243,8 +243,8 @@ type proxy struct {
 
 	mu    sync.Mutex
 	delay time.Duration // each way
-	hole  bool          // takes everything and passes on nothing
 	conns []net.Conn
+	holes map[net.Conn]bool // take everything and pass on nothing
 }
 
 func startProxy(t *testing.T, target string, delay time.Duration) *proxy {
@@ -253,7 +253,7 @@ func startProxy(t *testing.T, target string, delay time.Duration) *proxy {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &proxy{addr: l.Addr().String(), delay: delay}
+	p := &proxy{addr: l.Addr().String(), delay: delay, holes: map[net.Conn]bool{}}
 	go func() {
 		for {
 			in, err := l.Accept()
@@ -285,10 +285,14 @@ func (p *proxy) cut() {
 	p.conns = nil
 }
 
-func (p *proxy) setHole(hole bool) {
+// silence makes the present connections swallow what is sent on them; later
+// ones are not concerned.
+func (p *proxy) silence() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.hole = hole
+	for _, c := range p.conns {
+		p.holes[c] = true
+	}
 }
 
 func (p *proxy) pass(from, to net.Conn) {
@@ -303,7 +307,7 @@ func (p *proxy) pass(from, to net.Conn) {
 			b := make([]byte, 64<<10)
 			n, err := from.Read(b)
 			p.mu.Lock()
-			hole, delay := p.hole, p.delay
+			hole, delay := p.holes[from], p.delay
 			p.mu.Unlock()
 			if n > 0 && !hole {
 				parts <- part{b[:n], time.Now().Add(delay)}
