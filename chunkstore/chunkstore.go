@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"iter"
+	"time"
 
 	"github.com/container-bootfs/bootfs/index"
 )
@@ -58,9 +59,23 @@ type Batcher interface {
 	GetBatch(ctx context.Context, ids []index.ID, yield func(i int, frame []byte) error) error
 }
 
+// Entry is a chunk as a store holds it.
+type Entry struct {
+	ID       index.ID
+	Size     int64     // stored bytes
+	Modified time.Time // when it was last written; some stores know whole seconds only
+}
+
 // Lister is implemented by stores that can enumerate what they hold.
 type Lister interface {
 	// List yields every chunk in the store, in any order. It stops after the
-	// first error.
-	List(ctx context.Context) iter.Seq2[index.ID, error]
+	// first error. What is written or removed meanwhile may be missing or there.
+	List(ctx context.Context) iter.Seq2[Entry, error]
+}
+
+// Remover is implemented by stores that chunks can be removed from.
+type Remover interface {
+	// Remove removes chunk id. That it is not there is no error. A reader that
+	// is under way gets the whole chunk or ErrNotFound.
+	Remove(ctx context.Context, id index.ID) error
 }

@@ -108,11 +108,11 @@ func TestCasyncExtract(t *testing.T) {
 func ids(t *testing.T, s *Store) map[index.ID]bool {
 	t.Helper()
 	got := make(map[index.ID]bool)
-	for id, err := range s.List(t.Context()) {
+	for e, err := range s.List(t.Context()) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got[id] = true
+		got[e.ID] = true
 	}
 	return got
 }

@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -297,6 +298,42 @@ func writeSync(fd int, frame []byte) error {
 	return err
 }
 
+// Remove removes chunk id, or another file in its place. Its subdirectory goes
+// with its last file, as casync gc has it.
+func (s *Store) Remove(ctx context.Context, id index.ID) error {
+	err := ctx.Err()
+	if err == nil {
+		err = s.remove(id)
+	}
+	if err != nil && !isAny(err, unix.ENOENT) {
+		return s.chunkError("remove", id, err)
+	}
+	return nil
+}
+
+func (s *Store) remove(id index.ID) error {
+	shard, err := s.openShard(id)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(shard)
+	name := id.String()
+	var st unix.Stat_t
+	if s.limit > 0 {
+		if err := unix.Fstatat(shard, name+suffix, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+			return err
+		}
+	}
+	if err := unix.Unlinkat(shard, name+suffix, 0); err != nil {
+		return err
+	}
+	s.release(st.Size)
+	// It fails where there are other files, and a writer that has just made it
+	// for its own makes it again.
+	unix.Unlinkat(int(s.dir.Fd()), name[:shardLen], unix.AT_REMOVEDIR)
+	return nil
+}
+
 // reserve counts n bytes against the limit.
 func (s *Store) reserve(ctx context.Context, n int64) error {
 	if s.limit == 0 {
@@ -323,8 +360,10 @@ func (s *Store) release(n int64) {
 		return
 	}
 	s.mu.Lock()
-	s.held -= n
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	if s.held >= 0 {
+		s.held -= n
+	}
 }
 
 // count returns the bytes of all chunks.
@@ -334,43 +373,37 @@ func (s *Store) count(ctx context.Context) (int64, error) {
 		if err != nil {
 			return 0, err
 		}
-		sum += e.size
+		sum += e.Size
 	}
 	return sum, nil
 }
 
 // List yields every chunk. Files that are none are passed over.
-func (s *Store) List(ctx context.Context) iter.Seq2[index.ID, error] {
-	return func(yield func(index.ID, error) bool) {
+func (s *Store) List(ctx context.Context) iter.Seq2[chunkstore.Entry, error] {
+	return func(yield func(chunkstore.Entry, error) bool) {
 		for e, err := range s.entries(ctx) {
 			if err != nil {
-				yield(index.ID{}, fmt.Errorf("chunk store %s: list: %w", s.name, err))
+				yield(chunkstore.Entry{}, fmt.Errorf("chunk store %s: list: %w", s.name, err))
 				return
 			}
-			if !yield(e.id, nil) {
+			if !yield(e, nil) {
 				return
 			}
 		}
 	}
 }
 
-// entry is a chunk that is there.
-type entry struct {
-	id   index.ID
-	size int64 // stored, bytes
-}
-
 // entries yields every chunk, and stops after the first error.
-func (s *Store) entries(ctx context.Context) iter.Seq2[entry, error] {
-	return func(yield func(entry, error) bool) {
+func (s *Store) entries(ctx context.Context) iter.Seq2[chunkstore.Entry, error] {
+	return func(yield func(chunkstore.Entry, error) bool) {
 		shards, err := s.names(".")
 		if err != nil {
-			yield(entry{}, err)
+			yield(chunkstore.Entry{}, err)
 			return
 		}
 		for _, shard := range shards {
 			if err := ctx.Err(); err != nil {
-				yield(entry{}, err)
+				yield(chunkstore.Entry{}, err)
 				return
 			}
 			if len(shard) != shardLen {
@@ -381,7 +414,7 @@ func (s *Store) entries(ctx context.Context) iter.Seq2[entry, error] {
 				continue // removed meanwhile, or none of ours
 			}
 			if err != nil {
-				yield(entry{}, err)
+				yield(chunkstore.Entry{}, err)
 				return
 			}
 			for _, file := range files {
@@ -389,7 +422,7 @@ func (s *Store) entries(ctx context.Context) iter.Seq2[entry, error] {
 				if err != nil || file != id.String()+suffix || file[:shardLen] != shard {
 					continue
 				}
-				if st, err := s.stat(id); err == nil && !yield(entry{id, st.Size}, nil) {
+				if st, err := s.stat(id); err == nil && !yield(chunkstore.Entry{ID: id, Size: st.Size, Modified: time.Unix(st.Mtim.Unix())}, nil) {
 					return
 				}
 			}

@@ -233,11 +233,11 @@ func TestListPassesOver(t *testing.T) {
 		}
 	}
 	var got []index.ID
-	for id, err := range s.List(t.Context()) {
+	for e, err := range s.List(t.Context()) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		got = append(got, id)
+		got = append(got, e.ID)
 	}
 	if len(got) != 1 || got[0] != id {
 		t.Errorf("got %v, want only %v", got, id)
@@ -473,15 +473,15 @@ func TestKilled(t *testing.T) {
 func checkComplete(t *testing.T, s *Store) int {
 	t.Helper()
 	n := 0
-	for id, err := range s.List(t.Context()) {
+	for e, err := range s.List(t.Context()) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		frame, err := s.Get(t.Context(), id, nil)
+		frame, err := s.Get(t.Context(), e.ID, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := chunkstore.Decode(nil, frame, index.SHA256, index.Chunk{ID: id, Size: 30000}); err != nil {
+		if _, err := chunkstore.Decode(nil, frame, index.SHA256, index.Chunk{ID: e.ID, Size: 30000}); err != nil {
 			t.Error(err)
 		}
 		n++

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -300,9 +299,26 @@ func (c *files) syncDir(dir string) error {
 	return err
 }
 
+// remove removes a chunk by SFTP, and its subdirectory with the last file in it.
+func (c *conn) remove(ctx context.Context, id index.ID) error {
+	shard, file := place(id)
+	dir := path.Join(c.store.address.dir, shard)
+	_, err := onFiles(ctx, c, func(client *files) (struct{}, error) {
+		err := client.Remove(path.Join(dir, file))
+		if err == nil {
+			client.RemoveDirectory(dir) // fails while there are other files
+		}
+		return struct{}{}, err
+	}, nothing)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
 // list gives yield the chunks that are there, until it returns false.
-func (c *conn) list(ctx context.Context, yield func(index.ID) bool) error {
-	shards, err := c.names(ctx, c.store.address.dir)
+func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) error {
+	shards, err := c.files(ctx, c.store.address.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // no chunk was written yet
 	}
@@ -312,8 +328,8 @@ func (c *conn) list(ctx context.Context, yield func(index.ID) bool) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type result struct {
-		ids []index.ID
-		err error
+		entries []chunkstore.Entry
+		err     error
 	}
 	var (
 		results = make(chan result)
@@ -323,11 +339,11 @@ func (c *conn) list(ctx context.Context, yield func(index.ID) bool) error {
 	go func() {
 		defer close(work)
 		for _, shard := range shards {
-			if len(shard) != shardLen {
+			if len(shard.Name()) != shardLen {
 				continue
 			}
 			select {
-			case work <- shard:
+			case work <- shard.Name():
 			case <-ctx.Done():
 				return
 			}
@@ -336,8 +352,8 @@ func (c *conn) list(ctx context.Context, yield func(index.ID) bool) error {
 	for range listAtOnce {
 		readers.Go(func() {
 			for shard := range work {
-				ids, err := c.listShard(ctx, shard)
-				results <- result{ids, err}
+				entries, err := c.listShard(ctx, shard)
+				results <- result{entries, err}
 			}
 		})
 	}
@@ -348,11 +364,11 @@ func (c *conn) list(ctx context.Context, yield func(index.ID) bool) error {
 			err = r.err
 			cancel()
 		}
-		for _, id := range r.ids {
+		for _, e := range r.entries {
 			if err != nil || stopped {
 				break
 			}
-			if !yield(id) {
+			if !yield(e) {
 				stopped = true
 				cancel()
 			}
@@ -365,8 +381,8 @@ func (c *conn) list(ctx context.Context, yield func(index.ID) bool) error {
 }
 
 // listShard returns the chunks in a subdirectory.
-func (c *conn) listShard(ctx context.Context, shard string) ([]index.ID, error) {
-	files, err := c.names(ctx, path.Join(c.store.address.dir, shard))
+func (c *conn) listShard(ctx context.Context, shard string) ([]chunkstore.Entry, error) {
+	files, err := c.files(ctx, path.Join(c.store.address.dir, shard))
 	if err != nil {
 		var status *sftp.StatusError
 		if errors.Is(err, fs.ErrNotExist) || errors.As(err, &status) {
@@ -374,26 +390,16 @@ func (c *conn) listShard(ctx context.Context, shard string) ([]index.ID, error) 
 		}
 		return nil, err
 	}
-	var ids []index.ID
+	var entries []chunkstore.Entry
 	for _, file := range files {
-		if id, ok := placeID(shard, file); ok {
-			ids = append(ids, id)
+		if id, ok := placeID(shard, file.Name()); ok && checkFile(file) == nil {
+			entries = append(entries, chunkstore.Entry{ID: id, Size: file.Size(), Modified: file.ModTime()})
 		}
 	}
-	return ids, nil
+	return entries, nil
 }
 
-// names returns the names in a directory; of files, only those that may be a
-// chunk.
-func (c *conn) names(ctx context.Context, dir string) ([]string, error) {
-	return onFiles(ctx, c, func(client *files) ([]string, error) {
-		infos, err := client.ReadDirContext(ctx, dir)
-		var names []string
-		for _, info := range infos {
-			if !strings.HasSuffix(info.Name(), suffix) || checkFile(info) == nil {
-				names = append(names, info.Name())
-			}
-		}
-		return names, err
-	}, nothing)
+// files returns what is in a directory.
+func (c *conn) files(ctx context.Context, dir string) ([]fs.FileInfo, error) {
+	return onFiles(ctx, c, func(client *files) ([]fs.FileInfo, error) { return client.ReadDirContext(ctx, dir) }, nothing)
 }

@@ -208,19 +208,28 @@ func (s *Store) Put(ctx context.Context, id index.ID, frame []byte) error {
 }
 
 // List yields every chunk, by SFTP. Files that are none are passed over.
-func (s *Store) List(ctx context.Context) iter.Seq2[index.ID, error] {
-	return func(yield func(index.ID, error) bool) {
+func (s *Store) List(ctx context.Context) iter.Seq2[chunkstore.Entry, error] {
+	return func(yield func(chunkstore.Entry, error) bool) {
 		stopped := false
 		_, err := do(ctx, s, func(c *conn) (struct{}, error) {
-			return struct{}{}, c.list(ctx, func(id index.ID) bool {
-				stopped = stopped || !yield(id, nil)
+			return struct{}{}, c.list(ctx, func(e chunkstore.Entry) bool {
+				stopped = stopped || !yield(e, nil)
 				return !stopped
 			})
 		})
 		if err != nil && !stopped {
-			yield(index.ID{}, s.fail("list", err))
+			yield(chunkstore.Entry{}, s.fail("list", err))
 		}
 	}
+}
+
+// Remove removes chunk id, by SFTP.
+func (s *Store) Remove(ctx context.Context, id index.ID) error {
+	_, err := do(ctx, s, func(c *conn) (struct{}, error) { return struct{}{}, c.remove(ctx, id) })
+	if err != nil {
+		return s.fail("remove chunk "+id.String(), err)
+	}
+	return nil
 }
 
 // HostKey connects, if need be, and returns the line by which the server's host

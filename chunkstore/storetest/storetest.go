@@ -39,6 +39,7 @@ func Run(t *testing.T, newStore func() chunkstore.Writer) {
 		{"Concurrent", concurrent},
 		{"SameChunkAtOnce", sameChunkAtOnce},
 		{"List", list},
+		{"Remove", remove},
 		{"Batch", batch},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, newStore()) })
@@ -245,18 +246,25 @@ func list(t *testing.T, s chunkstore.Writer) {
 	if !ok {
 		return
 	}
-	want := make(map[index.ID]bool)
+	began := time.Now()
+	want := make(map[index.ID]int)
 	check := func() {
 		t.Helper()
 		got := make(map[index.ID]bool)
-		for id, err := range l.List(t.Context()) {
+		for e, err := range l.List(t.Context()) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if got[id] || !want[id] {
-				t.Errorf("got chunk %s, twice (%v) or unasked", id, got[id])
+			if got[e.ID] || want[e.ID] == 0 {
+				t.Errorf("got chunk %s, twice (%v) or unasked", e.ID, got[e.ID])
 			}
-			got[id] = true
+			if e.Size != int64(want[e.ID]) {
+				t.Errorf("chunk %s: got %d bytes, want %d", e.ID, e.Size, want[e.ID])
+			}
+			if d := e.Modified.Sub(began); d < -2*time.Second || d > time.Minute {
+				t.Errorf("chunk %s: got modified %v, want about %v", e.ID, e.Modified, began)
+			}
+			got[e.ID] = true
 		}
 		if len(got) != len(want) {
 			t.Errorf("got %d chunks, want %d", len(got), len(want))
@@ -266,7 +274,7 @@ func list(t *testing.T, s chunkstore.Writer) {
 	for i := range 50 {
 		id, frame := chunk(i, 100)
 		put(t, s, id, frame)
-		want[id] = true
+		want[id] = len(frame)
 	}
 	check()
 	n := 0
@@ -286,6 +294,62 @@ func list(t *testing.T, s chunkstore.Writer) {
 	if !errors.Is(last, context.Canceled) {
 		t.Errorf("with an ended context: got %v, want %v", last, context.Canceled)
 	}
+}
+
+// remove: what was removed is gone, and nothing else is; a writer and a remover
+// of one chunk do not disturb one another.
+func remove(t *testing.T, s chunkstore.Writer) {
+	r, ok := s.(chunkstore.Remover)
+	if !ok {
+		return
+	}
+	id, frame := chunk(1, 1000)
+	near := id
+	near[31]++ // in the same place, where stores have places
+	if err := r.Remove(t.Context(), id); err != nil {
+		t.Errorf("from an empty store: %v", err)
+	}
+	put(t, s, id, frame)
+	put(t, s, near, frame)
+	for range 2 {
+		if err := r.Remove(t.Context(), id); err != nil {
+			t.Error(err)
+		}
+		wantMissing(t, s, id)
+		wantFrame(t, s, near, frame)
+	}
+	put(t, s, id, frame)
+	wantFrame(t, s, id, frame)
+
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := r.Remove(ctx, id); err == nil {
+		t.Error("with an ended context: got no error")
+	}
+	wantFrame(t, s, id, frame)
+
+	if err := r.Remove(t.Context(), near); err != nil {
+		t.Error(err)
+	}
+	var g sync.WaitGroup
+	for range 4 {
+		g.Go(func() {
+			for range 10 {
+				if err := s.Put(t.Context(), id, frame); err != nil {
+					t.Error(err)
+				}
+				got, err := s.Get(t.Context(), id, nil)
+				if err == nil && !bytes.Equal(got, frame) || err != nil && !errors.Is(err, chunkstore.ErrNotFound) {
+					t.Errorf("beside removers: got %d bytes, %v", len(got), err)
+				}
+				if err := r.Remove(t.Context(), id); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	g.Wait()
+	wantMissing(t, s, id)
 }
 
 func batch(t *testing.T, s chunkstore.Writer) {
