@@ -10,7 +10,6 @@ import (
 	"math"
 	"os"
 	"path/filepath"
-	"regexp"
 	"runtime"
 	"runtime/debug"
 	"strings"
@@ -19,7 +18,9 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
 
+	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/internal/convert"
+	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
@@ -34,6 +35,7 @@ const (
 	envBareTransport = "BOOTFS_BARE_TRANSPORT" // transport of a name that has none
 	envStore         = "BOOTFS_STORE"          // --store, where the destination cannot hold chunks
 	envBlobStore     = "BLOB_STORE"            // --store of the commands that read; boot knows it too
+	envSSHPassword   = "DROPBEAR_PASSWORD"     // for ssh:// and sftp://, as container-bootfs named it; boot knows it too
 )
 
 // memoryLimit is where the garbage collector starts to work hard, in bytes.
@@ -71,7 +73,7 @@ type common struct {
 	json      bool
 }
 
-const rootLong = `Convert a container image into one that starts before it is downloaded.
+var rootLong = `Convert a container image into one that starts before it is downloaded.
 
 SRC and DST are named as in skopeo:
 
@@ -82,8 +84,9 @@ SRC and DST are named as in skopeo:
   oci-archive:FILE[:TAG]      an OCI layout in a tar file
 
 The chunks of the root filesystem go to packs beside the image, where DST is a
-registry or an OCI layout, or to --store: a directory (a casync chunk store),
-registry://HOST/REPOSITORY or https://HOST/PATH.
+registry or an OCI layout, or to --store. A directory is a casync chunk store,
+and so is what stands behind https://, ssh:// and sftp://. STORE is
+` + stores.WrittenForms() + `.
 `
 
 const rootExample = `  bootfs-convert debian:12 registry.example.com/debian:12-lazy
@@ -129,6 +132,7 @@ const envHelp = `Environment:
   BOOTFS_BARE_TRANSPORT  transport of a NAME without one: docker (default) or docker-daemon
   BOOTFS_STORE           --store for destinations that cannot hold chunks
   BLOB_STORE             --store for inspect, check, mount and extract, separated by blanks
+  DROPBEAR_PASSWORD      password for ssh:// and sftp://, where no key is accepted
 `
 
 // exactArgs wants one argument for each name.
@@ -228,22 +232,23 @@ func bare(err error) error {
 	return err
 }
 
-// storeScheme matches the beginning of a store's address that is not a
-// directory. One of that name is written with ./ before it.
-var storeScheme = regexp.MustCompile(`^[a-z][a-z0-9+.-]*:`)
-
 // checkStore refuses an address of a kind that is not known, which would be
 // taken for a directory.
 func checkStore(address string) error {
-	switch storeScheme.FindString(address) {
-	case "", "oci:":
+	if address == "" {
 		return nil
-	case "registry:", "registry+http:", "http:", "https:":
-		if strings.Contains(address, "://") {
-			return nil
-		}
 	}
-	return usagef("--store %s: want a directory, registry://HOST/REPOSITORY or https://HOST/PATH", address)
+	if err := stores.Check(address); err != nil {
+		return usagef("--store: %w", err)
+	}
+	return nil
+}
+
+// access is who we are to stores.
+func (c *common) access() stores.Access {
+	a := stores.Access{SSH: sshstore.UserOptions()}
+	a.SSH.Password = c.getenv(envSSHPassword)
+	return a
 }
 
 // absStores makes directories among addresses absolute.

@@ -14,6 +14,7 @@ import (
 	"github.com/container-bootfs/bootfs/internal/bootbin"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/scratch"
+	"github.com/container-bootfs/bootfs/internal/stores"
 )
 
 // convertFlags are those of bootfs-convert SRC DST.
@@ -25,7 +26,7 @@ type convertFlags struct {
 
 func (f *convertFlags) register(cmd *cobra.Command) {
 	fs := cmd.Flags()
-	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to: a directory, registry://HOST/REPOSITORY or https://HOST/PATH (default packs beside the image)")
+	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to: "+stores.WrittenForms()+" (default packs beside the image)")
 	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 
@@ -57,7 +58,7 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 	}
 	d := f.display()
 	report, err := convert.Run(ctx, convert.Options{
-		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, Boot: boot,
+		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, Access: f.access(), Boot: boot,
 		TempDir: f.tempDir, Transport: t, Progress: d.event, Log: f.logger(d),
 	})
 	d.close()

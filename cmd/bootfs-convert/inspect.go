@@ -23,7 +23,7 @@ type readFlags struct {
 }
 
 func (f *readFlags) register(cmd *cobra.Command) {
-	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "`STORE` to look for chunks in first: a directory, registry://HOST/REPOSITORY, https://HOST/PATH or oci:DIR; may be repeated")
+	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "`STORE` to look for chunks in first: "+stores.Forms()+"; may be repeated")
 }
 
 // open opens a converted image.
@@ -48,7 +48,7 @@ func (f *readFlags) open(ctx context.Context, image string, d display) (*convert
 	if list, err = absStores(list); err != nil {
 		return nil, err
 	}
-	o, err := converted.Open(ctx, ref, converted.Options{Transport: t, Stores: list, Log: f.logger(d)})
+	o, err := converted.Open(ctx, ref, converted.Options{Transport: t, Stores: list, Access: f.access(), Log: f.logger(d)})
 	if err != nil {
 		return nil, &convert.Error{Part: convert.Source, Err: err}
 	}

@@ -133,7 +133,7 @@ func (c *content) openStores(addresses []string) ([]chunkstore.Store, error) {
 	source := stores.Source{
 		Index:    c.index,
 		Locators: c.locators,
-		Registry: registrystore.RemoteOptions{Keychain: keychain},
+		Access:   stores.Access{Keychain: keychain},
 	}
 	if slices.ContainsFunc(addresses, stores.Remote) {
 		trustEmbeddedRoots()

@@ -5,14 +5,10 @@ import (
 	"fmt"
 	"io"
 	"net/url"
-	"path/filepath"
 	"strings"
 	"sync/atomic"
 
-	"github.com/google/go-containerregistry/pkg/authn"
-
 	"github.com/container-bootfs/bootfs/chunkstore"
-	"github.com/container-bootfs/bootfs/chunkstore/local"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/internal/stores"
@@ -41,8 +37,8 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 		p.packs, p.address = c.dest, c.dest.StoreAddress()
 	case strings.HasPrefix(store, "oci:"):
 		return nil, errStore(store)
-	case isLoose(store):
-		if p.loose, err = openLoose(store, c.o.Transport.Keychain); err != nil {
+	case stores.Loose(store):
+		if p.loose, err = openLoose(store, c.o.Access); err != nil {
 			return nil, err
 		}
 		p.address = p.loose.String() // without credentials
@@ -60,23 +56,12 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 }
 
 // openLoose opens a store of single chunks.
-func openLoose(store string, keychain authn.Keychain) (chunkstore.Writer, error) {
-	if stores.IsWeb(store) {
-		s, err := stores.Open(store, stores.Source{Registry: registrystore.RemoteOptions{Keychain: keychain}})
-		if err != nil {
-			return nil, &Error{Usage, err}
-		}
-		return s.(chunkstore.Writer), nil
+func openLoose(store string, a stores.Access) (chunkstore.Writer, error) {
+	s, err := stores.Create(store, a)
+	if err != nil && stores.Remote(store) { // nothing was tried yet but to understand it
+		return nil, &Error{Usage, err}
 	}
-	dir, err := filepath.Abs(store)
-	if err != nil {
-		return nil, err
-	}
-	s, err := local.Create(dir)
-	if err != nil {
-		return nil, fmt.Errorf("store: %w", err)
-	}
-	return s, nil
+	return s, err
 }
 
 // open opens the repository of packs that the options name. What keeps packs
@@ -102,7 +87,7 @@ func (p *chunkPlace) open(ctx context.Context, tag string) (transport.Destinatio
 
 // errStore refuses a store of no kind that chunks can be written to.
 func errStore(store string) error {
-	return &Error{Usage, fmt.Errorf("store %q: want a directory, registry://HOST/REPOSITORY or https://HOST/PATH", store)}
+	return &Error{Usage, fmt.Errorf("store %q: want %s", store, stores.WrittenForms())}
 }
 
 // loopbackHost returns the host of a store's address if it names the machine

@@ -38,9 +38,11 @@ type Options struct {
 	// Platforms restricts the conversion; nil takes every Linux platform, or
 	// this machine's where the destination holds only one.
 	Platforms []v1.Platform
-	// Store is where the chunks go: a directory or "registry://HOST/REPOSITORY";
-	// "" puts packs beside the image.
+	// Store is where the chunks go, one of stores.WrittenForms; "" puts packs
+	// beside the image.
 	Store string
+	// Access lets us into Store where that takes single chunks.
+	Access stores.Access
 	// Boot returns the boot binary for a platform.
 	Boot func(v1.Platform) ([]byte, error)
 	// TempDir holds temporary files; "" means os.TempDir(). They have no name
@@ -99,7 +101,7 @@ func (c *conversion) transport(m *meter) transport.Options {
 func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	o := c.o
 	if o.Store == "" && !o.Destination.HoldsPacks() {
-		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: a directory, registry://HOST/REPOSITORY or https://HOST/PATH", o.Destination)}
+		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: %s", o.Destination, stores.WrittenForms())}
 	}
 	spooled := c.meter("", PhaseSource, 0)
 	src, err := transport.Open(ctx, o.Source, c.transport(spooled))
@@ -118,7 +120,7 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 		return nil, err
 	}
 	other := int64(0)
-	if !isLoose(o.Store) {
+	if !stores.Loose(o.Store) {
 		other = registrystore.PackSpace
 	}
 	for _, img := range images { // one after the other
@@ -329,12 +331,6 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 // sourceName is what an image says of where it came from. Paths of the machine
 // that converted it are not part of that: the digests would follow them.
 func sourceName(r transport.Ref) string { return r.Name }
-
-// isLoose reports whether a store takes single chunks: it is a directory or on a
-// web server.
-func isLoose(store string) bool {
-	return store != "" && (!strings.Contains(store, "://") || stores.IsWeb(store))
-}
 
 // digestOf is the OCI digest of b.
 func digestOf(b []byte) string {

@@ -38,6 +38,7 @@ import (
 type Options struct {
 	Transport transport.Options
 	Stores    []string // addresses that are tried first; directories are absolute
+	Access    stores.Access
 	Log       *slog.Logger
 }
 
@@ -119,8 +120,7 @@ func open(ctx context.Context, from transport.Image) (*Image, error) {
 // asked: those of Options, the packs beside the image, those that the image
 // names. One that cannot be opened is passed over; why is in the log.
 func (i *Image) Stores() ([]chunkstore.Store, error) {
-	from := stores.Source{Index: i.Index, Locators: i.Locators,
-		Registry: registrystore.RemoteOptions{Keychain: i.options.Transport.Keychain}}
+	from := stores.Source{Index: i.Index, Locators: i.Locators, Access: i.options.Access}
 	var (
 		out  []chunkstore.Store
 		seen []string

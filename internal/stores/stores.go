@@ -1,5 +1,5 @@
 // Package stores turns the addresses that stand in a boot image and in
-// BLOB_STORE into stores. The list of what bootfs can read from is [Open].
+// BLOB_STORE into stores. What bootfs can read from is the list of its kinds.
 package stores
 
 import (
@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -14,50 +15,163 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/httpstore"
 	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
-// Source is what is to be read: an index, and where its chunks lie in packs.
+// Source is what is to be read: an index, where its chunks lie in packs, and
+// how to be let in where they lie.
 type Source struct {
 	Index    *index.Index
 	Locators *registrystore.Locators // nil: the chunks lie in loose stores only
-	Registry registrystore.RemoteOptions
+	Access
 }
 
-// Open returns the store at address:
-//
-//	/path                 a loose store in a directory
-//	registry://host/repo  packs in a registry (http on the loopback)
-//	registry+http://…     the same over plain HTTP
-//	oci:/path             packs in an OCI layout
-//	https://host/path     a loose store on a web server
-//	http://host/path      the same over plain HTTP
+// Access is who we are to stores elsewhere, and whom we trust there. The zero
+// value has what anybody has: docker's and podman's credentials.
+type Access struct {
+	Keychain authn.Keychain // of registries and web servers; nil: docker's and podman's
+	SSH      sshstore.Options
+}
+
+// kind is a form of address, and what lies there.
+type kind struct {
+	schemes []string // what the address begins with; none: it is a directory
+	form    string   // as messages and help show it
+	loose   bool     // single chunks
+	written bool     // a conversion can put chunks there
+	open    func(address string, s Source) (chunkstore.Store, error)
+}
+
+// kinds are the stores that bootfs has.
+func kinds() []kind {
+	return []kind{
+		{form: "a directory", loose: true, written: true, open: openDirectory},
+		{schemes: []string{"registry://", "registry+http://"}, form: "registry://HOST/REPOSITORY", written: true, open: openRegistry},
+		{schemes: []string{"https://", "http://"}, form: "https://HOST/PATH", loose: true, written: true, open: openWeb},
+		{schemes: []string{"ssh://"}, form: "ssh://[USER@]HOST/PATH", loose: true, written: true, open: openSSH},
+		{schemes: []string{"sftp://"}, form: "sftp://[USER@]HOST/PATH", loose: true, written: true, open: openSSH},
+		{schemes: []string{"oci:"}, form: "oci:DIR", open: openLayout},
+	}
+}
+
+// kindOf returns the kind of store at address. What begins like a scheme is no
+// directory, unless ./ stands before it.
+func kindOf(address string) (kind, bool) {
+	end := strings.IndexFunc(address, func(r rune) bool {
+		return !(r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || strings.ContainsRune("+.-", r))
+	})
+	scheme := end > 0 && address[end] == ':'
+	for _, k := range kinds() {
+		if !scheme && k.schemes == nil && address != "" ||
+			slices.ContainsFunc(k.schemes, func(s string) bool { return strings.HasPrefix(address, s) }) {
+			return k, true
+		}
+	}
+	return kind{}, false
+}
+
+// Forms lists the addresses that [Open] takes, for messages and help.
+func Forms() string { return forms(func(kind) bool { return true }) }
+
+// WrittenForms lists the addresses of stores that a conversion can write to.
+func WrittenForms() string { return forms(func(k kind) bool { return k.written }) }
+
+func forms(with func(kind) bool) string {
+	var list []string
+	for _, k := range kinds() {
+		if with(k) {
+			list = append(list, k.form)
+		}
+	}
+	last := len(list) - 1
+	return strings.Join(list[:last], ", ") + " or " + list[last]
+}
+
+// Check refuses an address that is of no kind.
+func Check(address string) error {
+	if _, ok := kindOf(address); !ok {
+		return fmt.Errorf("store %q: want %s", hide(address), Forms())
+	}
+	return nil
+}
+
+// hide returns what of an address of no kind can be shown: behind a scheme may
+// stand a password.
+func hide(address string) string {
+	if scheme, _, ok := strings.Cut(address, "://"); ok {
+		return scheme + "://…"
+	}
+	return address
+}
+
+// Loose reports whether single chunks lie at address.
+func Loose(address string) bool {
+	k, ok := kindOf(address)
+	return ok && k.loose
+}
+
+// Remote reports whether the store at address is reached over a network.
+func Remote(address string) bool { return strings.Contains(address, "://") }
+
+// Open returns the store at address, of one of the [Forms]; a directory is an
+// absolute path. It does not connect yet. The store may be an [io.Closer].
 //
 // Credentials for a web server stand in its address, as user:password@, or are
 // those that the keychain has for its host and port; the latter are not sent
 // over plain HTTP, but for the loopback.
 func Open(address string, s Source) (chunkstore.Store, error) {
-	switch {
-	case filepath.IsAbs(address):
-		return local.Open(address)
-	case strings.HasPrefix(address, "registry://"), strings.HasPrefix(address, "registry+http://"):
-		blobs, err := registrystore.NewRemote(address, s.Registry)
+	k, ok := kindOf(address)
+	if !ok {
+		return nil, Check(address)
+	}
+	return k.open(address, s)
+}
+
+// Create returns the store of single chunks at address, to be written to, as
+// [Open] does. A directory is made, and may be a relative path.
+func Create(address string, a Access) (chunkstore.Writer, error) {
+	k, ok := kindOf(address)
+	if !ok || !k.loose {
+		return nil, fmt.Errorf("store %q: single chunks do not go there", hide(address))
+	}
+	if k.schemes == nil {
+		dir, err := filepath.Abs(address)
 		if err != nil {
 			return nil, err
 		}
-		return s.packs(address, blobs)
-	case IsWeb(address):
-		return httpstore.New(address, httpstore.Options{Login: webLogin(s.Registry.Keychain, address)})
-	case strings.HasPrefix(address, "oci:"):
-		return s.packs(address, registrystore.NewLayoutBlobs(strings.TrimPrefix(address, "oci:")))
+		return local.Create(dir)
 	}
-	// What follows a scheme may hold a password.
-	if scheme, _, ok := strings.Cut(address, "://"); ok {
-		address = scheme + "://…"
+	s, err := k.open(address, Source{Access: a})
+	if err != nil {
+		return nil, err
 	}
-	return nil, fmt.Errorf("store %q: want /path, registry://host/repository, https://host/path or oci:/path", address)
+	w, ok := s.(chunkstore.Writer)
+	if !ok {
+		return nil, fmt.Errorf("store %s: it cannot be written to", s)
+	}
+	return w, nil
+}
+
+func openDirectory(address string, _ Source) (chunkstore.Store, error) {
+	if !filepath.IsAbs(address) {
+		return nil, fmt.Errorf("store %q: want an absolute path", address)
+	}
+	return local.Open(address)
+}
+
+func openRegistry(address string, s Source) (chunkstore.Store, error) {
+	blobs, err := registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: s.Keychain})
+	if err != nil {
+		return nil, err
+	}
+	return s.packs(address, blobs)
+}
+
+func openLayout(address string, s Source) (chunkstore.Store, error) {
+	return s.packs(address, registrystore.NewLayoutBlobs(strings.TrimPrefix(address, "oci:")))
 }
 
 func (s Source) packs(address string, b registrystore.Blobs) (chunkstore.Store, error) {
@@ -67,9 +181,12 @@ func (s Source) packs(address string, b registrystore.Blobs) (chunkstore.Store, 
 	return registrystore.NewStore(b, s.Locators, s.Index), nil
 }
 
-// IsWeb reports whether address is that of a web server.
-func IsWeb(address string) bool {
-	return strings.HasPrefix(address, "https://") || strings.HasPrefix(address, "http://")
+func openWeb(address string, s Source) (chunkstore.Store, error) {
+	return httpstore.New(address, httpstore.Options{Login: webLogin(s.Keychain, address)})
+}
+
+func openSSH(address string, s Source) (chunkstore.Store, error) {
+	return sshstore.New(address, s.SSH)
 }
 
 // webLogin looks up the server at address in k, nil being docker's and podman's
@@ -100,11 +217,6 @@ type webHost string
 
 func (h webHost) String() string      { return string(h) }
 func (h webHost) RegistryStr() string { return string(h) }
-
-// Remote reports whether the store at address is reached over a network.
-func Remote(address string) bool {
-	return strings.Contains(address, "://")
-}
 
 // Split returns the addresses in a list separated by white space, as BLOB_STORE
 // holds them.

@@ -9,8 +9,44 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 
 	"github.com/container-bootfs/bootfs/index"
-	"github.com/container-bootfs/bootfs/registrystore"
 )
+
+// TestKinds: which address is of which kind decides where chunks go.
+func TestKinds(t *testing.T) {
+	for _, tt := range []struct {
+		address              string
+		known, loose, remote bool
+	}{
+		{"/srv/s.castr", true, true, false},
+		{"s.castr", true, true, false},
+		{"./ssh:odd", true, true, false},
+		{"C", true, true, false},
+		{"registry://h/r", true, false, true},
+		{"registry+http://h/r", true, false, true},
+		{"https://h/p", true, true, true},
+		{"http://h/p", true, true, true},
+		{"ssh://u@h/p", true, true, true},
+		{"sftp://u@h:2222/p", true, true, true},
+		{"oci:dir", true, false, false},
+		{"", false, false, false},
+		{"ssh:/p", false, false, false},
+		{"registry:/a", false, false, false},
+		{"ftp://h/p", false, false, true},
+		{"docker-archive:x", false, false, false},
+	} {
+		if known := Check(tt.address) == nil; known != tt.known {
+			t.Errorf("%q is known: %v", tt.address, known)
+		}
+		if loose, remote := Loose(tt.address), Remote(tt.address); loose != tt.loose || remote != tt.remote {
+			t.Errorf("%q: got loose %v, remote %v, want %v, %v", tt.address, loose, remote, tt.loose, tt.remote)
+		}
+	}
+	for form, n := range map[string]int{Forms(): 6, WrittenForms(): 5} {
+		if got := len(strings.Split(strings.Replace(form, " or ", ", ", 1), ", ")); got != n {
+			t.Errorf("%q names %d forms, want %d", form, got, n)
+		}
+	}
+}
 
 // TestRefusalsHideCredentials: what is said of an address goes to a log.
 func TestRefusalsHideCredentials(t *testing.T) {
@@ -55,7 +91,7 @@ func TestWebLogin(t *testing.T) {
 		{"http://ann:secret@" + host + "/path", "ann", "secret", ""},
 	} {
 		var k keychain
-		s, err := Open(tt.address, Source{Registry: registrystore.RemoteOptions{Keychain: &k}})
+		s, err := Open(tt.address, Source{Access: Access{Keychain: &k}})
 		if err != nil {
 			t.Fatal(err)
 		}
