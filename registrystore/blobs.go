@@ -11,8 +11,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 )
@@ -86,14 +87,47 @@ func checkRange(digest string, off, n int64) error {
 	return nil
 }
 
-// NewLayoutBlobs reads from the OCI layout in directory dir.
-func NewLayoutBlobs(dir string) Blobs { return layoutBlobs(dir) }
+// NewLayoutBlobs reads from the OCI layout in directory dir. It holds the
+// directory, if that exists already: boot's mounts move after it was opened.
+func NewLayoutBlobs(dir string) Blobs {
+	l := &layoutBlobs{path: dir}
+	l.dir, _ = os.Open(dir) // Range tries again
+	return l
+}
 
-type layoutBlobs string
+type layoutBlobs struct {
+	path string
+	dir  *os.File // nil: it was not there yet
+}
 
-func (l layoutBlobs) String() string { return "oci:" + string(l) }
+func (l *layoutBlobs) String() string { return "oci:" + l.path }
 
-func (l layoutBlobs) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
+// open opens a blob. A layout may be on a shared volume: neither a FIFO nor a
+// symbolic link in the place of a blob is followed.
+func (l *layoutBlobs) open(digest string) (*os.File, error) {
+	dir := l.dir
+	if dir == nil {
+		var err error
+		if dir, err = os.Open(l.path); err != nil {
+			return nil, err
+		}
+		defer dir.Close()
+	}
+	name := filepath.Join("blobs", "sha256", strings.TrimPrefix(digest, "sha256:"))
+	for {
+		fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+		if err == unix.EINTR {
+			continue
+		}
+		name = filepath.Join(l.path, name)
+		if err != nil {
+			return nil, &fs.PathError{Op: "open", Path: name, Err: err}
+		}
+		return os.NewFile(uintptr(fd), name), nil
+	}
+}
+
+func (l *layoutBlobs) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
 	fail := func(err error) error { return &Error{Place: l.String(), Digest: digest, Err: err} }
 	if err := checkRange(digest, off, n); err != nil {
 		return nil, fail(err)
@@ -101,10 +135,7 @@ func (l layoutBlobs) Range(ctx context.Context, digest string, off, n int64) (io
 	if err := ctx.Err(); err != nil {
 		return nil, fail(err)
 	}
-	// A layout may be on a shared volume: neither a FIFO nor a symbolic link
-	// in the place of a blob is followed.
-	name := filepath.Join(string(l), "blobs", "sha256", strings.TrimPrefix(digest, "sha256:"))
-	f, err := os.OpenFile(name, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	f, err := l.open(digest)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fail(fmt.Errorf("%w: no such blob in the layout", chunkstore.ErrNotFound))
 	}
@@ -115,7 +146,7 @@ func (l layoutBlobs) Range(ctx context.Context, digest string, off, n int64) (io
 	switch {
 	case err != nil:
 	case !info.Mode().IsRegular():
-		err = fmt.Errorf("%s is not a regular file", name)
+		err = fmt.Errorf("%s is not a regular file", f.Name())
 	case off+n > info.Size():
 		err = fmt.Errorf("%d bytes at %d of a blob of %d", n, off, info.Size())
 	}

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
 )
@@ -197,6 +199,32 @@ func TestStoreLimits(t *testing.T) {
 	if n := b.mostNow.Load(); n != parallelRequests {
 		t.Errorf("%d requests at once, want %d", n, parallelRequests)
 	}
+}
+
+// TestLayoutMoves: in a container, boot moves the mount of a layout away from
+// where it was opened. One that comes later is found all the same.
+func TestLayoutMoves(t *testing.T) {
+	im := newImage(t, 20)
+	dir := t.TempDir()
+	before, after := filepath.Join(dir, "before"), filepath.Join(dir, "after")
+	early := NewStore(NewLayoutBlobs(before), im.locators, im.index)
+	data, err := DataManifest(im.packs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	empty, err := layout.Write(before, emptyIndex)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := empty.AppendImage(data); err != nil {
+		t.Fatal(err)
+	}
+	im.readAll(t, early)
+	held := NewStore(NewLayoutBlobs(before), im.locators, im.index)
+	if err := os.Rename(before, after); err != nil {
+		t.Fatal(err)
+	}
+	im.readAll(t, held)
 }
 
 // TestHostileLayout puts other things than files in the place of a blob.

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"log"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -11,19 +14,39 @@ import (
 	"regexp"
 	"syscall"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/registry"
 )
 
-// Registry is a real registry: distribution, as Debian packages it.
+// Registry is a real registry: distribution.
 type Registry struct {
 	Address string // "127.0.0.1:PORT", plain HTTP
 	Dir     string // its storage
 	daemon  *daemon
 }
 
-// StartRegistry starts a registry with its data below dir. An empty address
-// takes a free port of loopback; the address of an earlier registry starts
-// that one again.
+// StartRegistry starts distribution 2, as Debian packages it, with its data
+// below dir. An empty address takes a free port of loopback; the address of an
+// earlier registry starts that one again.
 func StartRegistry(ctx context.Context, dir, address string) (*Registry, error) {
+	return startRegistry(ctx, "docker-registry", dir, address)
+}
+
+// distribution is the program of distribution 3, which Debian does not have,
+// and the release that is tested with. It is no dependency of the module.
+const distribution = "github.com/distribution/distribution/v3/cmd/registry@v3.1.2"
+
+// StartDistribution starts distribution 3 as StartRegistry starts 2. The first
+// one builds it from its Go module, which takes a minute.
+func (c *Cache) StartDistribution(ctx context.Context, dir, address string) (*Registry, error) {
+	bin, err := c.program(ctx, distribution)
+	if err != nil {
+		return nil, err
+	}
+	return startRegistry(ctx, bin, dir, address)
+}
+
+func startRegistry(ctx context.Context, program, dir, address string) (*Registry, error) {
 	dir, err := absDir(dir)
 	if err != nil {
 		return nil, err
@@ -50,7 +73,9 @@ http: {addr: %q}
 		return nil, err
 	}
 	r := &Registry{Dir: dir}
-	if r.daemon, err = startDaemon("docker-registry", log, exec.Command("docker-registry", "serve", config), syscall.SIGKILL); err != nil {
+	cmd := exec.Command(program, "serve", config)
+	cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none") // 3 looks for a collector of traces otherwise
+	if r.daemon, err = startDaemon(filepath.Base(program), log, cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
@@ -94,3 +119,36 @@ func (r *Registry) Log() string { return r.daemon.tail() }
 
 // Close stops the registry. Its data stay.
 func (r *Registry) Close() error { return r.daemon.stop(10 * time.Second) }
+
+// GoRegistry is go-containerregistry's registry, within this process. It keeps
+// what it has in memory.
+type GoRegistry struct {
+	Address string // "127.0.0.1:PORT", plain HTTP
+	server  *http.Server
+	done    chan error
+}
+
+// StartGoRegistry starts an empty GoRegistry at a free port.
+func StartGoRegistry() (*GoRegistry, error) {
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	quiet := log.New(io.Discard, "", 0)
+	r := &GoRegistry{
+		Address: l.Addr().String(),
+		server:  &http.Server{Handler: registry.New(registry.Logger(quiet)), ErrorLog: quiet},
+		done:    make(chan error, 1),
+	}
+	go func() { r.done <- r.server.Serve(l) }()
+	return r, nil
+}
+
+// Close stops the registry, which forgets all.
+func (r *GoRegistry) Close() error {
+	err := r.server.Close()
+	if served := <-r.done; !errors.Is(served, http.ErrServerClosed) {
+		err = errors.Join(err, served)
+	}
+	return err
+}
