@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/container-bootfs/bootfs/internal/faultproxy"
 	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
@@ -158,6 +159,13 @@ func places(t *testing.T, cache *testenv.Cache) []*place {
 		t.Fatal(err)
 	}
 	stopAtEnd(t, goRegistry)
+	// As some registries do, it answers a Range with all of the blob.
+	rangeless, err := faultproxy.New("http://" + goRegistry.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(rangeless.Close)
+	rangeless.Set(faultproxy.IgnoreRange())
 	site, err := os.ReadFile("../../samples/http/nginx.conf")
 	if err != nil {
 		t.Fatal(err)
@@ -174,6 +182,7 @@ func places(t *testing.T, cache *testenv.Cache) []*place {
 		{name: "docker-registry", destination: w.registry.Address + "/places:converted", recorded: "registry://" + w.registry.Address + "/places"},
 		{name: "distribution 3", destination: v3.Address + "/places:converted", recorded: "registry://" + v3.Address + "/places"},
 		{name: "go-containerregistry", destination: goRegistry.Address + "/places:converted", recorded: "registry://" + goRegistry.Address + "/places"},
+		{name: "registry without Range", destination: rangeless.Addr() + "/rangeless:converted", recorded: "registry://" + rangeless.Addr() + "/rangeless"},
 		{
 			name: "another registry", destination: tagged("apart"),
 			store: "registry://" + v3.Address + "/packs", recorded: "registry://" + v3.Address + "/packs",
