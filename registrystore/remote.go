@@ -298,7 +298,7 @@ func (r *remoteBlobs) handshake(ctx context.Context) (*session, error) {
 // before it.
 func (q *request) check(resp *http.Response) (skip int64, err error) {
 	hiccup := func(format string, args ...any) error {
-		return &Error{Status: resp.StatusCode, temporary: true, Err: fmt.Errorf(format, args...)}
+		return &httpio.Error{Status: resp.StatusCode, Temporary: true, Err: fmt.Errorf(format, args...)}
 	}
 	if e := resp.Header.Get("Content-Encoding"); e != "" && e != "identity" {
 		return 0, hiccup("got content encoded as %q, want it as it is", e)
@@ -327,7 +327,7 @@ func (q *request) check(resp *http.Response) (skip int64, err error) {
 			return 0, hiccup("got a blob of %d bytes, want bytes %d-%d of it", resp.ContentLength, q.off, q.off+q.n-1)
 		}
 		if q.off > maxSkip {
-			return 0, &Error{Status: http.StatusOK, Err: fmt.Errorf("the registry ignores ranges, and byte %d is too far into the blob to read up to it", q.off)}
+			return 0, &httpio.Error{Status: http.StatusOK, Err: fmt.Errorf("the registry ignores ranges, and byte %d is too far into the blob to read up to it", q.off)}
 		}
 		return q.off, nil
 	}
@@ -336,34 +336,18 @@ func (q *request) check(resp *http.Response) (skip int64, err error) {
 
 // statusError tells what a status other than success means.
 func (q *request) statusError(resp *http.Response) error {
-	e := &Error{Status: resp.StatusCode}
-	what := fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
-	if host := resp.Request.URL.Host; host != q.remote.repo.RegistryStr() {
-		what += " from " + host
-		// A signed URL that the registry sent us to has died; the next
-		// request gets a new one.
-		e.temporary = resp.StatusCode == http.StatusForbidden || resp.StatusCode == http.StatusUnauthorized
-	}
+	away := resp.Request.URL.Host != q.remote.repo.RegistryStr()
+	e := httpio.Refusal(resp, away)
 	switch resp.StatusCode {
 	case http.StatusNotFound:
-		e.Err = fmt.Errorf("%s: %w: the registry does not have this blob; it may have been deleted with the tag of its image", what, chunkstore.ErrNotFound)
-		return e
+		return e.Hint("%w: the registry does not have this blob; it may have been deleted with the tag of its image", chunkstore.ErrNotFound)
 	case http.StatusRequestedRangeNotSatisfiable:
-		e.Err = fmt.Errorf("%s: the blob ends before byte %d", what, q.off+q.n)
-		return e
+		return e.Hint("the blob ends before byte %d", q.off+q.n)
 	case http.StatusUnauthorized, http.StatusForbidden:
-		if !e.temporary {
-			what += ": the registry wants other credentials"
-		}
-	case http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests, http.StatusInternalServerError,
-		http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		e.temporary = true
-		e.after = httpio.RetryAfter(resp.Header.Get("Retry-After"), time.Now())
-		if e.after > 0 {
-			what += fmt.Sprintf(", to be asked again in %s", e.after.Round(time.Second))
+		if !away {
+			return e.Hint("the registry wants other credentials")
 		}
 	}
-	e.Err = errors.New(what)
 	return e
 }
 
@@ -433,54 +417,25 @@ func (q *request) Close() error {
 	return err
 }
 
-// fail makes an *Error of err: in one line, without the query of a signed URL.
+// fail makes an *Error of err.
 func (q *request) fail(err error) error {
-	// Only check's own verdict is taken over: another request's error may stand
-	// in err as the reason why this one was cancelled.
-	e, ok := err.(*Error)
-	if !ok {
-		e = &Error{temporary: true}
+	e := &httpio.Error{Err: err} // of what was asked for, before there was a request
+	if q.ctx != nil {
+		if context.Cause(q.ctx) == httpio.ErrStalled {
+			q.remote.hangUp() // other connections to the same place are likely as dead
+		}
+		var login *transport.Error
+		var certificate *tls.CertificateVerificationError // says more, where both are
+		if errors.As(err, &login) && !errors.As(err, &certificate) {
+			err = &httpio.Error{
+				Status:    login.StatusCode,
+				Temporary: login.Temporary(),
+				Err:       fmt.Errorf("login at %s: %s", q.remote.repo.RegistryStr(), oneLine(login.Error())),
+			}
+		}
+		e = httpio.Judge(q.ctx, q.watch, err, "registry+http://…")
 	}
-	e.Place, e.Digest = q.remote.address, q.digest
-
-	var certificate *tls.CertificateVerificationError
-	var status *transport.Error
-	var broken *url.Error
-	switch {
-	case q.ctx != nil && context.Cause(q.ctx) == httpio.ErrStalled:
-		q.remote.hangUp() // other connections to the same place are likely as dead
-		e.temporary = true
-		e.Err = fmt.Errorf("%w: less than %d bytes in %s, %d of %d bytes came before", httpio.ErrStalled, httpio.MinProgress, q.remote.stall, q.n-q.left, q.n)
-		if q.body == nil {
-			e.Err = fmt.Errorf("%w: no answer in %s", httpio.ErrStalled, q.remote.stall)
-		}
-	case q.ctx == nil || q.ctx.Err() != nil:
-		e.temporary = false
-		if q.ctx != nil {
-			err = context.Cause(q.ctx)
-		}
-		e.Err = err
-	case e.Err != nil:
-	case errors.As(err, &certificate):
-		e.temporary = false
-		e.Err = certificate
-		if errors.As(err, &broken) {
-			e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), certificate)
-		}
-	case errors.As(err, &status):
-		e.Status = status.StatusCode
-		e.temporary = status.Temporary()
-		e.Err = fmt.Errorf("login at %s: %s", q.remote.repo.RegistryStr(), oneLine(status.Error()))
-	case errors.Is(err, http.ErrSchemeMismatch):
-		e.temporary = false
-		e.Err = fmt.Errorf("%s speaks plain HTTP: name the store registry+http://…, or make it speak HTTPS", q.remote.repo.RegistryStr())
-	case errors.As(err, &broken):
-		e.temporary = !errors.Is(err, httpio.ErrRedirects) && !errors.Is(err, httpio.ErrDowngrade)
-		e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), broken.Err)
-	default:
-		e.Err = err
-	}
-	return e
+	return &Error{Place: q.remote.address, Digest: q.digest, Status: e.Status, Err: e.Err, temporary: e.Temporary, after: e.After}
 }
 
 // oneLine makes a server's words fit for a message.

@@ -202,8 +202,8 @@ func TestFaults(t *testing.T) {
 		{"418", faultproxy.Status(418, ""), "418", false},
 		{"204", faultproxy.Status(204, ""), "204 No Content", false},
 		{"redirect", faultproxy.Redirect(307, proxy.Other(), false), "", false},
-		{"redirect to an expired URL", faultproxy.Redirect(307, proxy.Other(), true), "403 Forbidden from " + proxy.Other(), true},
-		{"redirect to a host that lacks it", faultproxy.Redirect(302, elsewhere, false), "404 Not Found from " + elsewhere, false},
+		{"redirect to an expired URL", faultproxy.Redirect(307, proxy.Other(), true), "403 Forbidden from http://" + proxy.Other(), true},
+		{"redirect to a host that lacks it", faultproxy.Redirect(302, elsewhere, false), "404 Not Found from http://" + elsewhere, false},
 		{"redirect to nobody", faultproxy.Redirect(307, "127.0.0.1:1", false), "connection refused", true},
 		{"redirect without place", faultproxy.Status(307, ""), "307 Temporary Redirect", false},
 		{"redirect loop", faultproxy.RedirectLoop(), "more than 10 redirects", false},
@@ -597,7 +597,7 @@ func TestPlainHTTPElsewhere(t *testing.T) {
 	id := im.ids(t, 2, 3)[0]
 	for _, host := range []string{"example.com", "10.0.0.1:5000"} {
 		_, err := im.storeAt(t, "registry://"+host+"/app", RemoteOptions{Transport: dialer}).Get(t.Context(), id, nil)
-		checkFault(t, "Get", err, host+" speaks plain HTTP: name the store registry+http://", false)
+		checkFault(t, "Get", err, "https://"+host+": the server speaks plain HTTP: name the store registry+http://", false)
 		im.readAll(t, im.storeAt(t, "registry+http://"+host+"/app", RemoteOptions{Transport: dialer}))
 	}
 }

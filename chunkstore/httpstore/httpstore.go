@@ -13,7 +13,6 @@ package httpstore
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"mime"
@@ -306,7 +305,7 @@ func (s *Store) Put(ctx context.Context, id index.ID, frame []byte) error {
 	}
 	defer q.end()
 	if len(frame) < 1 || len(frame) > chunkstore.MaxStored {
-		return q.fail(&Error{Err: fmt.Errorf("got %d bytes to write, want 1 to %d", len(frame), chunkstore.MaxStored)})
+		return q.fail(&httpio.Error{Err: fmt.Errorf("got %d bytes to write, want 1 to %d", len(frame), chunkstore.MaxStored)})
 	}
 	if err := q.put(frame); err != nil {
 		return q.fail(err)
@@ -351,7 +350,7 @@ func (q *request) makeShard() bool {
 
 // checkType refuses what is no chunk by its headers.
 func checkType(resp *http.Response) error {
-	e := &Error{Status: resp.StatusCode, temporary: true}
+	e := &httpio.Error{Status: resp.StatusCode, Temporary: true}
 	if enc := resp.Header.Get("Content-Encoding"); enc != "" && enc != "identity" {
 		e.Err = fmt.Errorf("got content encoded as %q, want it as it is: the server, or a proxy before it, must not compress %s files", enc, suffix)
 		return e
@@ -372,17 +371,17 @@ func (q *request) read(resp *http.Response, dst []byte) ([]byte, error) {
 		return nil, err
 	}
 	tooLong := func() error {
-		return &Error{Status: http.StatusOK, Err: fmt.Errorf("got more than %d bytes: that is no chunk", chunkstore.MaxStored)}
+		return &httpio.Error{Status: http.StatusOK, Err: fmt.Errorf("got more than %d bytes: that is no chunk", chunkstore.MaxStored)}
 	}
 	if resp.ContentLength > chunkstore.MaxStored {
 		return nil, tooLong()
 	}
-	limit := len(dst) + chunkstore.MaxStored
+	had := len(dst)
+	limit := had + chunkstore.MaxStored
 	dst = slices.Grow(dst, int(min(max(resp.ContentLength, 0), firstGrowth))+1)
 	for {
 		room := dst[len(dst):min(cap(dst), limit+1)]
 		n, err := q.watch.Read(resp.Body, room)
-		q.got += n
 		dst = dst[:len(dst)+n]
 		switch {
 		case len(dst) > limit:
@@ -390,22 +389,10 @@ func (q *request) read(resp *http.Response, dst []byte) ([]byte, error) {
 		case err == io.EOF:
 			return dst, nil
 		case err != nil:
-			return nil, fmt.Errorf("after %d bytes: %w", q.got, err)
+			return nil, fmt.Errorf("after %d bytes: %w", len(dst)-had, err)
 		}
 		if len(dst) == cap(dst) {
 			dst = slices.Grow(dst, 1)
 		}
 	}
-}
-
-var errRedirectedWrite = errors.New("the server sends writes elsewhere")
-
-// checkRedirect refuses a redirect that makes a read of a write, beside what
-// httpio refuses: its answer would look like success.
-func checkRedirect(req *http.Request, via []*http.Request) error {
-	if m := via[0].Method; m != http.MethodGet && m != http.MethodHead && req.Method != m {
-		to := url.URL{Scheme: req.URL.Scheme, Host: req.URL.Host, Path: req.URL.Path}
-		return fmt.Errorf("%w: name the store as it is called there: %s", errRedirectedWrite, to.String())
-	}
-	return httpio.CheckRedirect(req, via)
 }

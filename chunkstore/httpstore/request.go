@@ -3,12 +3,9 @@ package httpstore
 import (
 	"bytes"
 	"context"
-	"crypto/tls"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
-	"net/url"
 	"time"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
@@ -48,16 +45,13 @@ type request struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	watch  *httpio.Watch // cancels ctx
-	limit  time.Duration // of watch
 
-	answered bool // the last request has a response
 	loggedIn bool // the last request carried credentials
-	got      int  // bytes of the body
 }
 
 // begin waits for a turn.
 func (s *Store) begin(ctx context.Context, id index.ID, limit time.Duration) (*request, error) {
-	q := &request{store: s, id: id, limit: limit}
+	q := &request{store: s, id: id}
 	q.ctx, q.cancel = context.WithCancelCause(ctx)
 	err := ctx.Err()
 	if err == nil {
@@ -82,9 +76,8 @@ func (q *request) end() {
 // send sends a request and returns the response up to its body, after asking
 // for other credentials where the server refuses those it got.
 func (q *request) send(method, address string, body []byte, header ...string) (*http.Response, error) {
-	q.answered, q.got = false, 0
 	for retried := false; ; retried = true {
-		q.watch.Restart()
+		q.watch.Begin()
 		login, err := q.store.currentLogin(q.ctx)
 		if err != nil {
 			return nil, err
@@ -105,13 +98,12 @@ func (q *request) send(method, address string, body []byte, header ...string) (*
 			req.GetBody = func() (io.ReadCloser, error) { return upload{bytes.NewReader(body), q.watch}, nil }
 			req.Body, _ = req.GetBody()
 		}
-		client := http.Client{Transport: authorized{q.store.transport, q.store.origin, *login}, CheckRedirect: checkRedirect}
+		client := http.Client{Transport: authorized{q.store.transport, q.store.origin, *login}, CheckRedirect: httpio.CheckRedirect}
 		resp, err := client.Do(req)
 		q.watch.Stop()
 		if err != nil {
 			return nil, err
 		}
-		q.answered = true
 		refused := resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden
 		if !refused || retried || q.store.ask == nil || q.away(resp) {
 			return resp, nil
@@ -222,92 +214,41 @@ func (q *request) away(resp *http.Response) bool {
 
 // statusError tells what a status other than success means, and what to do.
 func (q *request) statusError(resp *http.Response) error {
-	e := &Error{Status: resp.StatusCode}
-	what := fmt.Sprintf("%d %s", resp.StatusCode, http.StatusText(resp.StatusCode))
-	if q.away(resp) {
-		what += " from " + httpio.HostOf(resp.Request.URL.String())
-	}
-	say := func(hint string, args ...any) error {
-		e.Err = fmt.Errorf("%s: "+hint, append([]any{what}, args...)...)
-		return e
-	}
+	away := q.away(resp)
+	e := httpio.Refusal(resp, away)
 	writes := resp.Request.Method == http.MethodPut
 	switch code := resp.StatusCode; {
 	case code == http.StatusNotFound && writes, code == http.StatusConflict:
-		return say("the server has no place for the chunk: make the directory %s there, and let PUT make those below it", q.store.base)
+		return e.Hint("the server has no place for the chunk: make the directory %s there, and let PUT make those below it", q.store.base)
 	case code == http.StatusNotFound, code == http.StatusGone:
-		return say("%w", chunkstore.ErrNotFound)
-	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && q.away(resp):
-		// A signed URL that the server sent us to has died, and the next request
-		// gets a new one; or it wants credentials, which only the server gets.
-		e.temporary = true
-		return say("credentials go to %s only; name the store as it is called there if it wants them", q.store.origin)
+		return e.Hint("%w", chunkstore.ErrNotFound)
+	case (code == http.StatusUnauthorized || code == http.StatusForbidden) && away:
+		return e.Hint("credentials go to %s only; name the store as it is called there if it wants them", q.store.origin)
 	case code == http.StatusUnauthorized && q.loggedIn:
-		return say("the server refuses the credentials")
+		return e.Hint("the server refuses the credentials")
 	case code == http.StatusUnauthorized:
-		return say("the server wants credentials")
+		return e.Hint("the server wants credentials")
 	case code == http.StatusForbidden && writes:
-		return say("the server does not let us write: allow PUT there, and see that the credentials are those of a writer")
+		return e.Hint("the server does not let us write: allow PUT there, and see that the credentials are those of a writer")
 	case code == http.StatusForbidden:
-		return say("the server does not let us read: see to its file permissions, or to the credentials")
+		return e.Hint("the server does not let us read: see to its file permissions, or to the credentials")
 	case (code == http.StatusMethodNotAllowed || code == http.StatusNotImplemented) && writes:
-		return say("the server takes no PUT: turn on WebDAV at %s, or write the chunks into the directory that it serves", q.store.base)
+		return e.Hint("the server takes no PUT: turn on WebDAV at %s, or write the chunks into the directory that it serves", q.store.base)
 	case code == http.StatusRequestEntityTooLarge:
-		return say("the server must allow requests of %d MiB", chunkstore.MaxStored>>20)
+		return e.Hint("the server must allow requests of %d MiB", chunkstore.MaxStored>>20)
 	case code == http.StatusInsufficientStorage:
-		return say("%w", chunkstore.ErrFull)
+		return e.Hint("%w", chunkstore.ErrFull)
 	case code == http.StatusBadRequest && resp.Request.URL.Scheme == "http":
-		return say("if the server speaks HTTPS, name the store https://…")
-	case code == http.StatusNotImplemented, code == http.StatusHTTPVersionNotSupported:
-	case code == http.StatusRequestTimeout, code == http.StatusTooEarly, code == http.StatusTooManyRequests, code >= 500:
-		e.temporary = true
-		e.after = httpio.RetryAfter(resp.Header.Get("Retry-After"), time.Now())
-		if e.after > 0 {
-			what += fmt.Sprintf(", to be asked again in %s", e.after.Round(time.Second))
-		}
+		return e.Hint("if the server speaks HTTPS, name the store https://…")
 	}
-	e.Err = errors.New(what)
 	return e
 }
 
-// fail makes an *Error of err: in one line, without the query of a signed URL.
+// fail makes an *Error of err.
 func (q *request) fail(err error) error {
-	// Only our own verdict is taken over: another request's error may stand in
-	// err as the reason why this one was cancelled.
-	e, ok := err.(*Error)
-	if !ok {
-		e = &Error{temporary: true}
-	}
-	e.Store, e.ID = q.store.base, q.id
-
-	var certificate *tls.CertificateVerificationError
-	var broken *url.Error
-	switch {
-	case context.Cause(q.ctx) == httpio.ErrStalled:
+	if context.Cause(q.ctx) == httpio.ErrStalled {
 		q.store.hangUp() // other connections to the same place are likely as dead
-		e.temporary = true
-		e.Err = fmt.Errorf("%w: no answer in %s", httpio.ErrStalled, q.limit)
-		if q.answered {
-			e.Err = fmt.Errorf("%w: less than %d bytes in %s, %d bytes came before", httpio.ErrStalled, httpio.MinProgress, q.limit, q.got)
-		}
-	case q.ctx.Err() != nil:
-		e.temporary = false
-		e.Err = context.Cause(q.ctx)
-	case e.Err != nil:
-	case errors.As(err, &certificate):
-		e.temporary = false
-		e.Err = certificate
-		if errors.As(err, &broken) {
-			e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), certificate)
-		}
-	case errors.Is(err, http.ErrSchemeMismatch):
-		e.temporary = false
-		e.Err = fmt.Errorf("%s speaks plain HTTP: name the store http://…, or make it speak HTTPS", q.store.origin)
-	case errors.As(err, &broken):
-		e.temporary = !errors.Is(err, httpio.ErrRedirects) && !errors.Is(err, httpio.ErrDowngrade) && !errors.Is(err, errRedirectedWrite)
-		e.Err = fmt.Errorf("%s: %w", httpio.HostOf(broken.URL), broken.Err)
-	default:
-		e.Err = err
 	}
-	return e
+	e := httpio.Judge(q.ctx, q.watch, err, "http://…")
+	return &Error{Store: q.store.base, ID: q.id, Status: e.Status, Err: e.Err, temporary: e.Temporary, after: e.After}
 }

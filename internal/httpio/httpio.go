@@ -1,6 +1,6 @@
 // Package httpio is what a store needs to live with HTTP servers: connections
 // that notice when they die, a watch on responses that stall, redirects that
-// stay safe, and the reading of Retry-After.
+// stay safe, and one judgement of what a failure means.
 package httpio
 
 import (
@@ -31,9 +31,11 @@ const (
 var (
 	// ErrStalled is the cause with which a Watch cancels.
 	ErrStalled = errors.New("stalled")
-	// ErrRedirects and ErrDowngrade are what CheckRedirect refuses.
-	ErrRedirects = fmt.Errorf("more than %d redirects", maxRedirects)
-	ErrDowngrade = errors.New("refused to go on from https to http")
+	// ErrRedirects, ErrDowngrade and ErrRedirectedWrite are what CheckRedirect
+	// refuses.
+	ErrRedirects       = fmt.Errorf("more than %d redirects", maxRedirects)
+	ErrDowngrade       = errors.New("refused to go on from https to http")
+	ErrRedirectedWrite = errors.New("the server sends writes elsewhere")
 )
 
 // NewTransport makes connections and keeps up to idle of them to each host.
@@ -53,14 +55,19 @@ func NewTransport(idle int) *http.Transport {
 	}
 }
 
-// CheckRedirect is an http.Client's: it bounds redirects and never goes on
-// from https to http.
+// CheckRedirect is an http.Client's: it bounds redirects, never goes on from
+// https to http, and refuses one that makes a read of a write, as its answer
+// would look like success.
 func CheckRedirect(req *http.Request, via []*http.Request) error {
 	if len(via) > maxRedirects {
 		return ErrRedirects
 	}
 	if req.URL.Scheme != "https" && via[len(via)-1].URL.Scheme == "https" {
 		return ErrDowngrade
+	}
+	if m := via[0].Method; m != http.MethodGet && m != http.MethodHead && req.Method != m {
+		to := url.URL{Scheme: req.URL.Scheme, Host: req.URL.Host, Path: req.URL.Path}
+		return fmt.Errorf("%w: name the store as it is called there: %s", ErrRedirectedWrite, to.String())
 	}
 	return nil
 }
@@ -115,6 +122,9 @@ type Watch struct {
 	limit  time.Duration
 	budget time.Duration // what is left of limit
 	gained int64         // bytes since the budget was full
+
+	answered bool  // a body is being read
+	got      int64 // bytes of it
 }
 
 // NewWatch starts a watch: unless it is stopped, cancel is called with
@@ -125,6 +135,12 @@ func NewWatch(limit time.Duration, cancel context.CancelCauseFunc) *Watch {
 		limit:  limit,
 		budget: limit,
 	}
+}
+
+// Begin starts the watch anew, on another request.
+func (w *Watch) Begin() {
+	w.answered, w.got = false, 0
+	w.Restart()
 }
 
 // Restart gives the request the whole limit again, from now on.
@@ -140,10 +156,20 @@ func (w *Watch) Read(body io.Reader, p []byte) (int, error) {
 	w.timer.Reset(w.budget)
 	n, err := body.Read(p)
 	w.timer.Stop()
+	w.answered = true
+	w.got += int64(n)
 	if w.gained += int64(n); w.gained >= MinProgress {
 		w.budget, w.gained = w.limit, 0
 	} else {
 		w.budget = max(w.budget-time.Since(start), 1)
 	}
 	return n, err
+}
+
+// stalled says how the request stalled.
+func (w *Watch) stalled() error {
+	if !w.answered {
+		return fmt.Errorf("%w: no answer in %s", ErrStalled, w.limit)
+	}
+	return fmt.Errorf("%w: less than %d bytes in %s, %d bytes came before", ErrStalled, MinProgress, w.limit, w.got)
 }

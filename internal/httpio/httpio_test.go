@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"slices"
 	"testing"
 	"time"
 )
@@ -59,8 +60,7 @@ func TestCheckRedirect(t *testing.T) {
 		{plain, secure, 1, ErrDowngrade},
 		{secure, secure, 1, nil},
 	} {
-		via := make([]*http.Request, tt.hops)
-		via[tt.hops-1] = tt.from
+		via := slices.Repeat([]*http.Request{tt.from}, tt.hops)
 		if got := CheckRedirect(tt.to, via); got != tt.want {
 			t.Errorf("%s to %s after %d: got %v, want %v", tt.from.URL, tt.to.URL, tt.hops, got, tt.want)
 		}
