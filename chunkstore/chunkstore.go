@@ -1,7 +1,8 @@
 // Package chunkstore defines where chunks are kept and how they are read.
 //
 // A [Store] holds chunks under their IDs, each in its stored form: one zstd
-// frame, the content of a casync .cacnk file. Stores move stored bytes and
+// frame, the content of a casync .cacnk file. (casync's stores may hold other
+// forms, which are read.) Stores move stored bytes and
 // promise nothing about them; [Decode] turns them into plain bytes and is the
 // only place that trusts, by comparing them with the chunk's name. A
 // [Fetcher] puts a cache and stores behind one another and hands out only

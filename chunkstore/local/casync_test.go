@@ -126,8 +126,9 @@ func TestCasyncMake(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, d := range []index.Digest{index.SHA256, index.SHA512_256} {
-		for _, sizes := range []string{"16384:65536:262144", "64:1024:4096"} {
-			t.Run(d.String()+" "+sizes, func(t *testing.T) {
+		for _, options := range []string{"16384:65536:262144 zstd", "16384:65536:262144 xz", "16384:65536:262144 gzip", "64:1024:4096 zstd"} {
+			t.Run(d.String()+" "+options, func(t *testing.T) {
+				sizes, compression, _ := strings.Cut(options, " ")
 				dir := t.TempDir()
 				caibx := filepath.Join(dir, "image.caibx")
 				castr := filepath.Join(dir, "image.castr")
@@ -138,7 +139,7 @@ func TestCasyncMake(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				run(t, "casync", "make", "--digest="+d.String(), "--chunk-size="+sizes, "--store="+castr, caibx, source)
+				run(t, "casync", "make", "--digest="+d.String(), "--chunk-size="+sizes, "--compression="+compression, "--store="+castr, caibx, source)
 				raw, err := os.ReadFile(caibx)
 				if err != nil {
 					t.Fatal(err)

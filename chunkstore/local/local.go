@@ -1,6 +1,7 @@
 // Package local keeps chunks in a directory, in casync's .castr layout: chunk
 // abcd… is the file abcd/abcd….cacnk. casync and desync read and write the same
-// directory.
+// directory. Chunks that they have stored plain, in files without the suffix,
+// are read where there is none with it.
 //
 // The directory may be a cache that others write to at the same time, crash
 // in, or fill with surprises. A chunk is there completely or not at all, also
@@ -126,7 +127,11 @@ func (s *Store) read(id index.ID, dst []byte) ([]byte, error) {
 	}
 	defer unix.Close(shard)
 	// Without O_NONBLOCK, opening a FIFO would wait for its writer.
-	fd, err := openat(shard, id.String()+suffix, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	const flags = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK
+	fd, err := openat(shard, id.String()+suffix, flags, 0)
+	if err == unix.ENOENT {
+		fd, err = openat(shard, id.String(), flags, 0)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +174,11 @@ func (s *Store) stat(id index.ID) (*unix.Stat_t, error) {
 	}
 	defer unix.Close(shard)
 	var st unix.Stat_t
-	if err := unix.Fstatat(shard, id.String()+suffix, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	err = unix.Fstatat(shard, id.String()+suffix, &st, unix.AT_SYMLINK_NOFOLLOW)
+	if err == unix.ENOENT {
+		err = unix.Fstatat(shard, id.String(), &st, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	if err != nil {
 		return nil, err
 	}
 	return &st, checkStat(&st)
@@ -318,16 +327,19 @@ func (s *Store) remove(id index.ID) error {
 	}
 	defer unix.Close(shard)
 	name := id.String()
-	var st unix.Stat_t
-	if s.limit > 0 {
-		if err := unix.Fstatat(shard, name+suffix, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
+	for _, file := range []string{name + suffix, name} {
+		var st unix.Stat_t
+		err := unix.Fstatat(shard, file, &st, unix.AT_SYMLINK_NOFOLLOW)
+		if err == nil {
+			err = unix.Unlinkat(shard, file, 0)
+		}
+		switch {
+		case err == nil:
+			s.release(st.Size)
+		case err != unix.ENOENT:
 			return err
 		}
 	}
-	if err := unix.Unlinkat(shard, name+suffix, 0); err != nil {
-		return err
-	}
-	s.release(st.Size)
 	// It fails where there are other files, and a writer that has just made it
 	// for its own makes it again.
 	unix.Unlinkat(int(s.dir.Fd()), name[:shardLen], unix.AT_REMOVEDIR)
@@ -417,10 +429,15 @@ func (s *Store) entries(ctx context.Context) iter.Seq2[chunkstore.Entry, error] 
 				yield(chunkstore.Entry{}, err)
 				return
 			}
+			slices.Sort(files)
 			for _, file := range files {
-				id, err := index.ParseID(strings.TrimSuffix(file, suffix))
-				if err != nil || file != id.String()+suffix || file[:shardLen] != shard {
+				name, packed := strings.CutSuffix(file, suffix)
+				id, err := index.ParseID(name)
+				if err != nil || name != id.String() || name[:shardLen] != shard {
 					continue
+				}
+				if _, both := slices.BinarySearch(files, name+suffix); both && !packed {
+					continue // the other one is read
 				}
 				if st, err := s.stat(id); err == nil && !yield(chunkstore.Entry{ID: id, Size: st.Size, Modified: time.Unix(st.Mtim.Unix())}, nil) {
 					return

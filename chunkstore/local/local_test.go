@@ -210,6 +210,52 @@ func TestHostile(t *testing.T) {
 	}
 }
 
+// TestPlain: chunks that desync has stored without compression.
+func TestPlain(t *testing.T) {
+	dir := t.TempDir()
+	s := create(t, dir)
+	id, frame := chunk(1, 100)
+	plain, err := chunkstore.Decode(nil, frame, index.SHA256, index.Chunk{ID: id, Size: 100})
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := strings.TrimSuffix(path(dir, id), suffix)
+	write := func() {
+		t.Helper()
+		os.Mkdir(filepath.Dir(file), 0o755)
+		if err := os.WriteFile(file, plain, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(what string, stored []byte, entries int) {
+		t.Helper()
+		got, err := s.Get(t.Context(), id, nil)
+		has, errHas := s.Has(t.Context(), id)
+		if !bytes.Equal(got, stored) || (err == nil) != (stored != nil) || has != (stored != nil) || errHas != nil {
+			t.Errorf("%s: got %d bytes, %v, Has %v, %v, want %d bytes", what, len(got), err, has, errHas, len(stored))
+		}
+		if n := len(ids(t, s)); n != entries {
+			t.Errorf("%s: List: got %d chunks, want %d", what, n, entries)
+		}
+	}
+	write()
+	want("plain", plain, 1)
+	if err := s.Put(t.Context(), id, frame); err != nil {
+		t.Fatal(err)
+	}
+	want("both", frame, 1)
+	if err := s.Remove(t.Context(), id); err != nil {
+		t.Fatal(err)
+	}
+	want("removed", nil, 0)
+	write()
+	f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Stores: []chunkstore.Store{s}})
+	defer f.Close()
+	if got, err := f.Fetch(t.Context(), index.Chunk{ID: id, Size: 100}, nil); err != nil || !bytes.Equal(got, plain) {
+		t.Errorf("fetched: got %d bytes, %v", len(got), err)
+	}
+}
+
 func TestListPassesOver(t *testing.T) {
 	dir := t.TempDir()
 	s := create(t, dir)

@@ -296,6 +296,10 @@ func (c *files) syncDir(dir string) error {
 	if errors.As(err, &status) || errors.Is(err, fs.ErrPermission) {
 		return nil
 	}
+	// Somebody has removed the chunk again, and the directory with it.
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
 	return err
 }
 
