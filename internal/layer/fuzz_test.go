@@ -136,9 +136,33 @@ func FuzzMerge(f *testing.F) {
 				continue
 			}
 			defer l.Close()
+			viaRecord(t, l)
 			layers = append(layers, l)
 		}
 		if tr, err := Merge(layers); err == nil {
+			wellFormed(t, tr)
+		}
+	})
+}
+
+// FuzzRecord holds that a record of any bytes is refused, or is that of a layer
+// that can be merged.
+func FuzzRecord(f *testing.F) {
+	for _, b := range [][]byte{someTar(f), strangeTar(f)} {
+		l, err := Read(f.Context(), blob("L", b), Options{TempDir: f.TempDir()})
+		if err != nil {
+			f.Fatal(err)
+		}
+		defer l.Close()
+		f.Add(l.Record())
+	}
+	f.Fuzz(func(t *testing.T, record []byte) {
+		l, err := FromRecord("L", record, Limits{Entries: 1000, Metadata: 1 << 20}, nowhere)
+		if err != nil {
+			return
+		}
+		viaRecord(t, l)
+		if tr, err := Merge([]*Layer{l}); err == nil {
 			wellFormed(t, tr)
 		}
 	})

@@ -28,7 +28,7 @@ import (
 // specification and umoci are followed.
 func Merge(layers []*Layer) (*tree.Tree, error) {
 	t := &tree.Tree{Root: newDir()}
-	for _, l := range layers {
+	for number, l := range layers {
 		if l.merged {
 			return nil, fmt.Errorf("layer %s: merged before", l.name)
 		}
@@ -37,6 +37,9 @@ func Merge(layers []*Layer) (*tree.Tree, error) {
 		d.notes[d.root] = &note{implied: true}
 		for i, piece := range l.entries {
 			for j := range piece {
+				if n := piece[j].node; n != nil {
+					n.Content.Layer, n.Content.Entry = int32(number), int32(i*entriesPiece+j)
+				}
 				if err := d.apply(&piece[j]); err != nil {
 					return nil, fmt.Errorf("layer %s: %.300q: %w", l.name, piece[j].path(), err)
 				}

@@ -107,10 +107,11 @@ func blob(name string, stored []byte) Blob {
 
 func diffID(plain []byte) string { return fmt.Sprintf("sha256:%x", sha256.Sum256(plain)) }
 
-// readMerge is the way from plain tars to a tree.
+// readMerge is the way from plain tars to a tree. The way over the layers'
+// records leads to the same one.
 func readMerge(t testing.TB, tars ...[]byte) (*tree.Tree, error) {
 	t.Helper()
-	var layers []*Layer
+	var layers, again []*Layer
 	for i, b := range tars {
 		bl := blob(fmt.Sprintf("layer-%d", i), b)
 		bl.DiffID = diffID(b)
@@ -120,8 +121,19 @@ func readMerge(t testing.TB, tars ...[]byte) (*tree.Tree, error) {
 		}
 		t.Cleanup(func() { l.Close() })
 		layers = append(layers, l)
+		again = append(again, viaRecord(t, l))
 	}
-	return Merge(layers)
+	tr, err := Merge(layers)
+	trAgain, errAgain := Merge(again)
+	if (err == nil) != (errAgain == nil) || err != nil && err.Error() != errAgain.Error() {
+		t.Errorf("merged of records: %v, want %v", errAgain, err)
+	}
+	if err == nil {
+		for _, d := range treecmp.Diff(manifest(t, trAgain), manifest(t, tr)) {
+			t.Errorf("merged of records: %s", d)
+		}
+	}
+	return tr, err
 }
 
 func mustMerge(t testing.TB, tars ...[]byte) *tree.Tree {

@@ -18,11 +18,11 @@ type Tree struct {
 type Inode struct {
 	Mode      uint32 // st_mode: the S_IFMT type and the twelve permission bits
 	UID, GID  uint32
+	Nlink     uint32 // entries that point here; 2 + subdirectories for a directory
 	MtimeSec  int64  // seconds since 1970, negative before
 	MtimeNsec uint32 // 0 … 999999999
 	Rdev      uint64 // unix.Mkdev of a device, else 0
 	Size      int64  // logical length of a regular file in bytes, else 0
-	Nlink     uint32 // entries that point here; 2 + subdirectories for a directory
 
 	Target  string            // of a symlink
 	Xattrs  []Xattr           // sorted by Name, names unique, never trusted.overlay.*
@@ -49,6 +49,12 @@ type Xattr struct {
 type Content struct {
 	Source  io.ReaderAt // of Extents' Physical offsets; nil if there are none
 	Extents []Extent    // sorted by Logical, not overlapping, within Inode.Size
+
+	// Layer and Entry name the file's place in the source image: entry number
+	// Entry of layer number Layer, the lowest being 0. The bytes of the layer
+	// decide about the file's, so a cache can know it by the two. They are 0 in
+	// a tree that was not merged of layers.
+	Layer, Entry int32
 }
 
 // Extent is a run of a file's bytes. What no extent covers is a hole of zeros.
