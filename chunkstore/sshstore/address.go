@@ -74,6 +74,7 @@ func parseAddress(s, user string) (address, error) {
 	if port == "" {
 		port = "22"
 	}
+	u.User = url.User(user) // the next one to read the name may be somebody else
 	return address{
 		name:     u.String(),
 		user:     user,

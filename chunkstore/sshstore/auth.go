@@ -2,6 +2,7 @@ package sshstore
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ed25519"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
@@ -24,6 +26,7 @@ type auth struct {
 	password string
 	pins     []pin
 	known    ssh.HostKeyCallback // nil: no files
+	accept   string              // where to add a key
 }
 
 // pin is a host key that is trusted.
@@ -35,7 +38,7 @@ type pin struct {
 // UserOptions are those of the person at the terminal: the name, agent, keys
 // and known hosts that ssh would use, as far as they are there.
 func UserOptions() Options {
-	o := Options{User: os.Getenv("USER"), Agent: os.Getenv("SSH_AUTH_SOCK")}
+	o := Options{User: os.Getenv("USER"), Agent: os.Getenv("SSH_AUTH_SOCK"), Accept: "~/.ssh/known_hosts"}
 	there := func(path string) bool {
 		_, err := os.Stat(path)
 		return err == nil
@@ -63,7 +66,7 @@ func UserOptions() Options {
 
 // newAuth reads what o names.
 func newAuth(o Options) (*auth, error) {
-	a := &auth{agent: o.Agent, password: o.Password}
+	a := &auth{agent: o.Agent, password: o.Password, accept: cmp.Or(o.Accept, "known_hosts")}
 	for _, file := range o.Keys {
 		key, err := readKey(file, o.PassphraseFile)
 		if err != nil {
@@ -142,8 +145,8 @@ func parsePin(line string) ([]pin, error) {
 	}
 }
 
-// trusted returns the pinned keys of a host.
-func (a *auth) trusted(host string) []ssh.PublicKey {
+// pinned returns the pinned keys of a host.
+func (a *auth) pinned(host string) []ssh.PublicKey {
 	var keys []ssh.PublicKey
 	for _, p := range a.pins {
 		if len(p.hosts) == 0 || slices.Contains(p.hosts, knownhosts.Normalize(host)) {
@@ -155,20 +158,23 @@ func (a *auth) trusted(host string) []ssh.PublicKey {
 
 // wanted returns the keys that a host may have.
 func (a *auth) wanted(host string) []ssh.PublicKey {
-	keys := a.trusted(host)
-	if len(keys) > 0 || a.known == nil {
-		return keys
+	if a.known == nil {
+		return a.pinned(host)
 	}
 	// A key that nobody has makes known_hosts tell those that it has.
 	probe, err := ssh.NewPublicKey(ed25519.PublicKey(make([]byte, ed25519.PublicKeySize)))
 	if err != nil {
 		return nil
 	}
+	var keys []ssh.PublicKey
 	var told *knownhosts.KeyError
 	if errors.As(a.known(host, &net.TCPAddr{}, probe), &told) {
 		for _, k := range told.Want {
 			keys = append(keys, k.Key)
 		}
+	}
+	if len(keys) == 0 {
+		return a.pinned(host)
 	}
 	return keys
 }
@@ -191,31 +197,33 @@ func algorithms(keys []ssh.PublicKey) []string {
 	return names
 }
 
-// checkHostKey refuses a key that is not trusted, and says what to do.
+// checkHostKey refuses a key that is not trusted, and says what to do. What
+// stands in the files of known hosts is what somebody here has accepted, so it
+// counts before what was pinned elsewhere.
 func (a *auth) checkHostKey(host string, remote net.Addr, key ssh.PublicKey) error {
-	want := a.wanted(host)
-	if len(a.trusted(host)) > 0 {
-		if slices.ContainsFunc(want, func(k ssh.PublicKey) bool { return bytes.Equal(k.Marshal(), key.Marshal()) }) {
-			return nil
-		}
-	} else if a.known != nil {
+	if a.known != nil {
 		err := a.known(host, remote, key)
 		var told *knownhosts.KeyError
 		if err == nil || !errors.As(err, &told) {
 			return err // nil, or revoked
 		}
 	}
+	want := a.wanted(host)
+	if slices.ContainsFunc(want, func(k ssh.PublicKey) bool { return bytes.Equal(k.Marshal(), key.Marshal()) }) {
+		return nil
+	}
+	line := knownhosts.Line([]string{host}, key)
 	if len(want) == 0 {
-		return fmt.Errorf("the host key of %s is not known: it shows %s. If that is the server's (ssh-keygen -lf on it tells), "+
-			"pin it or add it to known_hosts: %s", host, describe(key), knownhosts.Line([]string{host}, key))
+		return fmt.Errorf("the host key of %s is not known: it shows %s. If that is the server's (ssh-keygen -lf on it tells), add to %s: %s",
+			host, describe(key), a.accept, line)
 	}
 	var names []string
 	for _, k := range want {
 		names = append(names, describe(k))
 	}
 	return fmt.Errorf("the host key of %s is not the one that is pinned or known: it shows %s, want %s. Somebody else may be answering. "+
-		"If the server got a new key (ssh-keygen -lf on it tells), put it in the old one's place: %s",
-		host, describe(key), strings.Join(names, " or "), knownhosts.Line([]string{host}, key))
+		"If the server got a new key (ssh-keygen -lf on it tells), put in the old one's place in %s: %s",
+		host, describe(key), strings.Join(names, " or "), a.accept, line)
 }
 
 func describe(k ssh.PublicKey) string { return k.Type() + " " + ssh.FingerprintSHA256(k) }
@@ -248,6 +256,8 @@ func (a *auth) handshake(raw net.Conn, to address) (*ssh.Client, string, error) 
 		socket, err := net.Dial("unix", a.agent)
 		if err == nil {
 			defer socket.Close()
+			// An agent may want to ask somebody who is not there.
+			socket.SetDeadline(time.Now().Add(dialPatience))
 			var more []ssh.Signer
 			more, err = agent.NewClient(socket).Signers()
 			signers = append(signers, more...)

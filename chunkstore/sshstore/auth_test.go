@@ -73,7 +73,7 @@ func TestHostKeys(t *testing.T) {
 		"pinned":                           with(server.hostKey, ""),
 		"pinned for any host":              with(key, ""),
 		"one of two pins":                  with(oldLine+"|"+server.hostKey, ""),
-		"pin beats known host":             with(server.hostKey, oldLine),
+		"known host beats pin":             with(oldLine, server.hostKey),
 		"known":                            with("", server.hostKey),
 		"known, other pinned":              with(otherHost, server.hostKey),
 		"known among other kinds":          with("", knownLine(server.addr, rsaKey)+"\n"+server.hostKey),
@@ -90,7 +90,7 @@ func TestHostKeys(t *testing.T) {
 	wantRefused(t, login(t, address, with("", otherHost)), unknown...)
 	changed := []string{"is not the one", fingerprint, ssh.FingerprintSHA256(old), "Somebody else", server.hostKey}
 	wantRefused(t, login(t, address, with(oldLine, "")), changed...)
-	wantRefused(t, login(t, address, with(oldLine, server.hostKey)), changed...)
+	wantRefused(t, login(t, address, with(server.hostKey, oldLine)), changed...)
 	wantRefused(t, login(t, address, with("", oldLine)), changed...)
 	wantRefused(t, login(t, address, with(knownLine(server.addr, rsaKey), "")), "no common algorithm", "rsa-sha2")
 	wantRefused(t, login(t, address, with("", "@revoked "+server.hostKey)), "revoked")

@@ -56,11 +56,14 @@ type Options struct {
 	Password string
 
 	// HostKeys are the pinned host keys: lines of a known_hosts file, or a key
-	// alone ("ssh-ed25519 AAAA…"), which then is good for any host. For a host
-	// that has one here, KnownHosts does not count.
+	// alone ("ssh-ed25519 AAAA…"), which then is good for any host.
 	HostKeys []string
 	// KnownHosts are files in the format of ssh's known_hosts. New reads them.
+	// For a host that has a key there, HostKeys do not count.
 	KnownHosts []string
+	// Accept is what messages call the file that a host's key is to be added to;
+	// "" is "known_hosts".
+	Accept string
 
 	// Stall is how long the server may be silent, keepalive included, until the
 	// connection is given up; 0 is 20 s.

@@ -417,8 +417,9 @@ func TestAddress(t *testing.T) {
 		{"ssh://h/a%20b", "h:22", "/a b"},
 	} {
 		a, err := parseAddress(test.address, "default")
-		if err != nil || a.host != test.host || a.dir != test.dir || a.String() != test.address {
-			t.Errorf("%s: got %+v, %v, want host %s and directory %s", test.address, a, err, test.host, test.dir)
+		name := strings.Replace(test.address, "//h/", "//default@h/", 1)
+		if err != nil || a.host != test.host || a.dir != test.dir || a.String() != name {
+			t.Errorf("%s: got %+v, %v, want host %s, directory %s and name %s", test.address, a, err, test.host, test.dir, name)
 		}
 	}
 	for _, bad := range []string{

@@ -120,8 +120,9 @@ func (c *caller) withoutOwnEnv() *caller {
 	app := *c
 	app.env = nil
 	for _, v := range c.env {
-		name, _, _ := strings.Cut(v, "=")
-		if !ownVariable(name) {
+		name, value, _ := strings.Cut(v, "=")
+		// An agent among bootfs's own secrets is not the app's.
+		if !ownVariable(name) && !(name == "SSH_AUTH_SOCK" && ownMount(value)) {
 			app.env = append(app.env, v)
 		}
 	}

@@ -70,7 +70,7 @@ func openContent(s *settings, log *logger) (*content, error) {
 			return nil, fmt.Errorf("%s: %w", bootimage.LocatorsPath, err)
 		}
 	}
-	upstream, err := c.openStores(append(slices.Clone(s.stores), c.config.Stores...))
+	upstream, err := c.openStores(s)
 	if err != nil {
 		return nil, err
 	}
@@ -125,15 +125,21 @@ func mapFile(path string) ([]byte, error) {
 	return b, nil
 }
 
-func (c *content) openStores(addresses []string) ([]chunkstore.Store, error) {
-	keychain, err := openSecrets()
+func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
+	addresses := slices.Concat(s.stores, c.config.Stores)
+	secrets, err := openSecrets()
 	if err != nil {
 		return nil, err
 	}
+	ssh, err := secrets.ssh(s)
+	if err != nil {
+		return nil, err
+	}
+	ssh.HostKeys = c.config.HostKeys
 	source := stores.Source{
 		Index:    c.index,
 		Locators: c.locators,
-		Access:   stores.Access{Keychain: keychain},
+		Access:   stores.Access{Keychain: secrets, SSH: ssh},
 	}
 	if slices.ContainsFunc(addresses, stores.Remote) {
 		trustEmbeddedRoots()

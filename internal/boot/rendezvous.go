@@ -111,7 +111,7 @@ func follow(dir string, c *caller) error {
 	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
 		return err
 	}
-	return execProgram(c.program, c.argv, c.env, c.cwd)
+	return execProgram(c.program, c.argv, c.withoutOwnEnv().env, c.cwd)
 }
 
 // sameNamespaceRoot refuses an answer from a process that cannot be this

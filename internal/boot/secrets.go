@@ -3,87 +3,196 @@ package boot
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/docker/cli/cli/config"
 	"github.com/docker/cli/cli/config/configfile"
 	"github.com/google/go-containerregistry/pkg/authn"
+	"golang.org/x/sys/unix"
 
+	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 )
 
-// secrets is where the user mounted registry credentials: directories or files
-// in the form of Docker's config.json, held by descriptor. A file is read each
-// time it is asked, so that a rotated one counts.
-type secrets struct {
-	dirs  []*os.Root
-	files []*os.File
+// maxSecret bounds what is read of a secret, in bytes.
+const maxSecret = 1 << 20
+
+// secretKind is what a secret is for, as its name tells.
+type secretKind struct {
+	names   []string // in a directory
+	endings []string // of the names of single files
 }
 
-// openSecrets opens bootimage.SecretsDir and everything below
+// The kinds of secrets. A single file whose name ends like none of them is a
+// dockerConfig.
+var (
+	dockerConfig  = &secretKind{names: []string{"config.json", ".dockerconfigjson"}} // the second as Kubernetes mounts a pull secret
+	sshKey        = &secretKind{[]string{"id_ed25519", "id_ecdsa", "id_rsa", "ssh-privatekey"}, []string{"_key", "id_ed25519", "id_ecdsa", "id_rsa"}}
+	sshPassphrase = &secretKind{[]string{"passphrase"}, []string{"passphrase"}}
+	sshPassword   = &secretKind{[]string{"password"}, []string{"password"}}
+	sshKnownHosts = &secretKind{[]string{"known_hosts"}, []string{"known_hosts"}}
+	sshAgent      = &secretKind{[]string{"agent.sock"}, []string{"agent.sock"}}
+	s3Credentials = &secretKind{[]string{"credentials"}, []string{"credentials"}}
+)
+
+// kindOfFile returns the kind of a single file.
+func kindOfFile(name string) *secretKind {
+	for _, k := range []*secretKind{sshKey, sshPassphrase, sshPassword, sshKnownHosts, sshAgent, s3Credentials} {
+		if slices.ContainsFunc(k.endings, func(end string) bool { return strings.HasSuffix(name, end) }) {
+			return k
+		}
+	}
+	return dockerConfig
+}
+
+// secrets is what the user mounted to let bootfs in elsewhere: directories, and
+// single files as Docker mounts them. They are held by descriptor, as the app
+// does not get their mounts, and looked up and read each time they are asked
+// for, so that a rotated one counts.
+type secrets []secretMount
+
+type secretMount struct {
+	path string // in the engine's root
+	fd   int    // O_PATH; never closed
+	dir  bool
+}
+
+// secret is a file that was found.
+type secret struct {
+	name string // its path in the engine's root, where it is before the switch
+	path string // the way to it by descriptor
+}
+
+// openSecrets opens bootimage.SecretsDir and everything that begins with
 // bootimage.SecretsPrefix.
-func openSecrets() (*secrets, error) {
+func openSecrets() (secrets, error) {
 	names, err := filepath.Glob(bootimage.SecretsPrefix + "*")
 	if err != nil {
 		return nil, err
 	}
+	return openSecretsAt(append([]string{bootimage.SecretsDir}, names...))
+}
+
+func openSecretsAt(paths []string) (secrets, error) {
 	var s secrets
-	for _, name := range append([]string{bootimage.SecretsDir}, names...) {
-		info, err := os.Stat(name)
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
+	for _, p := range paths {
+		fd, err := openPath(p)
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
-		case err != nil:
-		case info.IsDir():
-			var dir *os.Root
-			if dir, err = os.OpenRoot(name); err == nil {
-				s.dirs = append(s.dirs, dir)
-			}
-		default:
-			var file *os.File
-			if file, err = os.Open(name); err == nil {
-				s.files = append(s.files, file)
-			}
+		}
+		var st unix.Stat_t
+		if err == nil {
+			err = unix.Fstat(fd, &st)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("credentials at %s: %w", name, err)
+			return nil, fmt.Errorf("credentials at %s: %w", p, err)
+		}
+		s = append(s, secretMount{p, fd, st.Mode&unix.S_IFMT == unix.S_IFDIR})
+	}
+	return s, nil
+}
+
+// openPath opens p, whatever it is, to be reached by descriptor later.
+func openPath(p string) (int, error) { return unix.Open(p, unix.O_PATH|unix.O_CLOEXEC, 0) }
+
+// byDescriptor is a path that leads to what fd stands for.
+func byDescriptor(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
+
+// find returns the secrets of a kind that are there now.
+func (s secrets) find(k *secretKind) []secret {
+	var found []secret
+	for _, m := range s {
+		at := byDescriptor(m.fd)
+		if !m.dir {
+			if kindOfFile(m.path) == k {
+				found = append(found, secret{m.path, at})
+			}
+			continue
+		}
+		for _, name := range k.names {
+			if _, err := os.Stat(path.Join(at, name)); !errors.Is(err, fs.ErrNotExist) {
+				found = append(found, secret{path.Join(m.path, name), path.Join(at, name)})
+			}
 		}
 	}
-	return &s, nil
+	return found
+}
+
+func (s secret) read() ([]byte, error) {
+	var b []byte
+	f, err := os.Open(s.path)
+	if err == nil {
+		defer f.Close()
+		b, err = io.ReadAll(io.LimitReader(f, maxSecret+1))
+	}
+	if err == nil && len(b) > maxSecret {
+		err = fmt.Errorf("it has more than %d bytes", maxSecret)
+	}
+	if e := (*fs.PathError)(nil); errors.As(err, &e) {
+		err = e.Err // the path is not the user's
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", s.name, err)
+	}
+	return b, nil
+}
+
+// read returns the first secret of a kind, nil if there is none.
+func (s secrets) read(k *secretKind) ([]byte, error) {
+	found := s.find(k)
+	if len(found) == 0 {
+		return nil, nil
+	}
+	return found[0].read()
+}
+
+// ssh is who we are to SSH servers. What files say is read when a store is
+// opened, before the switch of the root; the agent is asked later too.
+func (s secrets) ssh(c *settings) (sshstore.Options, error) {
+	o := sshstore.Options{Password: c.sshPassword, Accept: bootimage.SecretsDir + "/known_hosts"}
+	for _, f := range s.find(sshKey) {
+		o.Keys = append(o.Keys, f.name)
+	}
+	for _, f := range s.find(sshPassphrase) {
+		o.PassphraseFile = f.name
+	}
+	for _, f := range s.find(sshKnownHosts) {
+		o.KnownHosts = append(o.KnownHosts, f.name)
+	}
+	if o.Password == "" {
+		b, err := s.read(sshPassword)
+		if err != nil {
+			return o, fmt.Errorf("credentials: %w", err)
+		}
+		o.Password = strings.TrimRight(string(b), "\r\n")
+	}
+	if agents := s.find(sshAgent); len(agents) > 0 {
+		o.Agent = agents[0].path
+	} else if c.sshAgent != "" {
+		// A variable of the app's may name what is not there yet.
+		if socket, err := openPath(c.sshAgent); err == nil {
+			o.Agent = byDescriptor(socket)
+		}
+	}
+	return o, nil
 }
 
 // Resolve implements authn.Keychain.
-func (s *secrets) Resolve(target authn.Resource) (authn.Authenticator, error) {
-	var contents []string
-	for _, dir := range s.dirs {
-		b, err := dir.ReadFile("config.json")
-		if errors.Is(err, fs.ErrNotExist) {
-			b, err = dir.ReadFile(".dockerconfigjson") // as Kubernetes mounts a pull secret
-		}
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
+func (s secrets) Resolve(target authn.Resource) (authn.Authenticator, error) {
+	for _, f := range s.find(dockerConfig) {
+		b, err := f.read()
 		if err != nil {
 			return nil, fmt.Errorf("registry credentials: %w", err)
 		}
-		contents = append(contents, string(b))
-	}
-	for _, file := range s.files {
-		info, err := file.Stat()
+		c, err := config.LoadFromReader(strings.NewReader(string(b)))
 		if err != nil {
-			return nil, fmt.Errorf("registry credentials: %w", err)
-		}
-		b := make([]byte, info.Size())
-		n, _ := file.ReadAt(b, 0)
-		contents = append(contents, string(b[:n]))
-	}
-	for _, text := range contents {
-		c, err := config.LoadFromReader(strings.NewReader(text))
-		if err != nil {
-			return nil, fmt.Errorf("registry credentials: %w", err)
+			return nil, fmt.Errorf("registry credentials: %s: %w", f.name, err)
 		}
 		if a, ok := find(c, target.RegistryStr()); ok {
 			return a, nil

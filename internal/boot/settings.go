@@ -21,7 +21,9 @@ const (
 type settings struct {
 	stores       []string // BLOB_STORE: tried before the image's own
 	prefetch     prefetchMode
-	keepSysAdmin bool // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
+	keepSysAdmin bool   // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
+	sshPassword  string // DROPBEAR_PASSWORD, as container-bootfs named it
+	sshAgent     string // SSH_AUTH_SOCK: path of an agent's socket
 }
 
 func readSettings(env []string) (*settings, error) {
@@ -40,6 +42,10 @@ func readSettings(env []string) (*settings, error) {
 			s.prefetch = mode
 		case "BOOTFS_KEEP_SYS_ADMIN":
 			s.keepSysAdmin = value == "1"
+		case "DROPBEAR_PASSWORD":
+			s.sshPassword = value
+		case "SSH_AUTH_SOCK":
+			s.sshAgent = value
 		}
 	}
 	return &s, nil

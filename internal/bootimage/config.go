@@ -36,6 +36,9 @@ type Config struct {
 	// Stores are tried in order, as addresses: "registry://host/repo",
 	// "/path". BLOB_STORE stands before them.
 	Stores []string `json:"stores"`
+	// HostKeys are the SSH host keys of Stores, as the converter found them:
+	// lines of a known_hosts file, "host type base64".
+	HostKeys []string `json:"hostKeys,omitempty"`
 	// XattrClasses lists the classes of extended attributes that occur in the
 	// root, sorted: "security", "system", "trusted", "user".
 	XattrClasses []string `json:"xattrClasses,omitempty"`

@@ -22,6 +22,7 @@ import (
 type chunkPlace struct {
 	c       *conversion
 	address string                // as recorded in the image; "" beside the image in a layout
+	hostKey string                // of the server at address, as recorded; "" if it is not reached over SSH
 	packs   transport.Destination // nil for single chunks
 	own     bool                  // packs is not the image's destination
 	loose   chunkstore.Writer     // nil for packs
@@ -42,6 +43,16 @@ func openChunkPlace(ctx context.Context, c *conversion) (*chunkPlace, error) {
 			return nil, err
 		}
 		p.address = p.loose.String() // without credentials
+		if s, ok := p.loose.(interface {
+			HostKey(context.Context) (string, error)
+		}); ok {
+			// It is asked before anything is converted: who may not write there
+			// learns it now.
+			if p.hostKey, err = s.HostKey(ctx); err != nil {
+				p.close()
+				return nil, err
+			}
+		}
 	default:
 		if p.packs, err = p.open(ctx, "packs"); err != nil {
 			return nil, err

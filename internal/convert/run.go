@@ -288,9 +288,12 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 		}
 		r.Packs = len(list)
 	}
-	var stores []string
+	var stores, hostKeys []string
 	if c.to.address != "" {
 		stores = []string{c.to.address}
+	}
+	if c.to.hostKey != "" {
+		hostKeys = []string{c.to.hostKey}
 	}
 	conf := img.Config.Config
 	out.Boot, err = assembly.BootImage(assembly.Input{
@@ -302,6 +305,7 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 			Profile:      Profile,
 			IndexDigest:  r.IndexDigest,
 			Stores:       stores,
+			HostKeys:     hostKeys,
 			XattrClasses: plan.XattrClasses(),
 			Source: bootimage.Source{
 				Name: sourceName(c.o.Source), Digest: img.Digest,

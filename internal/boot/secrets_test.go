@@ -1,0 +1,199 @@
+package boot
+
+import (
+	"maps"
+	"net"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"golang.org/x/sys/unix"
+)
+
+// host is an authn.Resource.
+type host string
+
+func (h host) String() string      { return string(h) }
+func (h host) RegistryStr() string { return string(h) }
+
+// planted are secrets in each form, and where they were mounted.
+func planted(t *testing.T, files map[string]string) (s secrets, dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	paths := []string{filepath.Join(dir, "nothing"), filepath.Join(dir, "secrets")}
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		p := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(p), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(p, []byte(files[name]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if filepath.Dir(name) == "." {
+			paths = append(paths, p)
+		}
+	}
+	s, err := openSecretsAt(paths)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, dir
+}
+
+func TestSecretsByName(t *testing.T) {
+	s, dir := planted(t, map[string]string{
+		"secrets/id_ed25519": "1", "secrets/id_rsa": "2", "secrets/known_hosts": "3", "secrets/other": "4", "secrets/config.json": "5",
+		"bootfs_deploy_key": "6", "bootfs_passphrase": "7", "bootfs-ssh-password": "8\r\n", "bootfs.credentials": "9", "bootfs": "10", "bootfs.json": "11",
+	})
+	for kind, want := range map[*secretKind]string{
+		sshKey: "1 2 6", sshKnownHosts: "3", sshPassphrase: "7", sshPassword: "8", s3Credentials: "9", dockerConfig: "5 10 11", sshAgent: "",
+	} {
+		var got []string
+		for _, f := range s.find(kind) {
+			b, err := f.read()
+			if err != nil || !strings.HasPrefix(f.name, dir) {
+				t.Errorf("%+v: %v", f, err)
+			}
+			got = append(got, strings.TrimSpace(string(b)))
+		}
+		if strings.Join(got, " ") != want {
+			t.Errorf("%v: got %q, want %q", kind.names, got, want)
+		}
+	}
+	o, err := s.ssh(&settings{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := func(name string) string { return filepath.Join(dir, name) }
+	if want := []string{key("secrets/id_ed25519"), key("secrets/id_rsa"), key("bootfs_deploy_key")}; !reflect.DeepEqual(o.Keys, want) {
+		t.Errorf("keys: got %q, want %q", o.Keys, want)
+	}
+	if o.PassphraseFile != key("bootfs_passphrase") || !reflect.DeepEqual(o.KnownHosts, []string{key("secrets/known_hosts")}) || o.Password != "8" || o.Agent != "" {
+		t.Errorf("got %+v", o)
+	}
+	if o, err = s.ssh(&settings{sshPassword: "dropbear"}); err != nil || o.Password != "dropbear" {
+		t.Errorf("with a variable: got password %q, %v", o.Password, err)
+	}
+}
+
+// TestSecretsStay: secrets are read when their names are gone from every path,
+// as they are now and not as they were.
+func TestSecretsStay(t *testing.T) {
+	const login = `{"auths": {"h": {"username": "joe", "password": %}}}`
+	s, dir := planted(t, map[string]string{"secrets/other": "", "bootfs.json": strings.Replace(login, "%", `"one"`, 1)})
+	password := func() string {
+		a, err := s.Resolve(host("h"))
+		if err != nil {
+			return err.Error()
+		}
+		c, err := a.Authorization()
+		if err != nil {
+			return err.Error()
+		}
+		return c.Password
+	}
+	if got := password(); got != "one" {
+		t.Errorf("got %q, want one", got)
+	}
+	moved := filepath.Join(t.TempDir(), "moved")
+	if err := os.Rename(dir, moved); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(moved, "bootfs.json"), []byte(strings.Replace(login, "%", `"two"`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := password(); got != "two" {
+		t.Errorf("got %q, want two", got)
+	}
+	if err := os.WriteFile(filepath.Join(moved, "secrets/config.json"), []byte(strings.Replace(login, "%", `"three"`, 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := password(); got != "three" {
+		t.Errorf("got %q, want three", got)
+	}
+	if a, err := s.Resolve(host("elsewhere")); err != nil || a != authn.Anonymous {
+		t.Errorf("another host: got %v, %v, want nothing", a, err)
+	}
+	if err := os.WriteFile(filepath.Join(moved, "secrets/config.json"), make([]byte, maxSecret+1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := password(); !strings.Contains(got, "secrets/config.json: it has more than") || strings.Contains(got, "/proc") {
+		t.Errorf("a large one: got %q", got)
+	}
+}
+
+// TestSSHAgent: the agent of the secrets, else that of the variable, is reached
+// after its path has gone.
+func TestSSHAgent(t *testing.T) {
+	dir, err := os.MkdirTemp("", "agent") // short: a socket's path
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	listen := func(name string) string {
+		l, err := net.Listen("unix", filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				c.Write([]byte(name))
+				c.Close()
+			}
+		}()
+		return filepath.Join(dir, name)
+	}
+	answer := func(socket string) string {
+		c, err := net.Dial("unix", socket)
+		if err != nil {
+			return err.Error()
+		}
+		defer c.Close()
+		b := make([]byte, 64)
+		n, _ := c.Read(b)
+		return string(b[:n])
+	}
+	if err := os.Mkdir(filepath.Join(dir, "secrets"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	of := listen("variable")
+	none, err := openSecretsAt(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	variable, err := none.ssh(&settings{sshAgent: of})
+	if err != nil {
+		t.Fatal(err)
+	}
+	absent, err := none.ssh(&settings{sshAgent: of + "-not"})
+	if err != nil || absent.Agent != "" {
+		t.Errorf("a variable that leads nowhere: got %q, %v", absent.Agent, err)
+	}
+	listen("secrets/agent.sock")
+	s, err := openSecretsAt([]string{filepath.Join(dir, "secrets")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := s.ssh(&settings{sshAgent: of})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Rename(dir, dir+"-gone"); err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir + "-gone")
+	for socket, want := range map[string]string{variable.Agent: "variable", secret.Agent: "secrets/agent.sock"} {
+		if got := answer(socket); got != want {
+			t.Errorf("%s: got %q, want %q", socket, got, want)
+		}
+	}
+}
