@@ -20,7 +20,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -93,10 +92,9 @@ type Store struct {
 	stall     time.Duration
 	slots     chan struct{} // one per running request
 
-	login   atomic.Pointer[string] // Authorization header; nil until it was asked for
-	asking  chan struct{}          // a lock around ask, which a waiter can leave
-	noHead  atomic.Bool            // the server refuses HEAD and takes GET
-	buffers sync.Pool              // of *[]byte
+	login  atomic.Pointer[string] // Authorization header; nil until it was asked for
+	asking chan struct{}          // a lock around ask, which a waiter can leave
+	noHead atomic.Bool            // the server refuses HEAD and takes GET
 }
 
 // New returns the store at address, "https://host/path" or "http://host/path".
@@ -117,7 +115,6 @@ func New(address string, o Options) (*Store, error) {
 		stall:     o.Stall,
 		slots:     make(chan struct{}, parallelRequests),
 		asking:    make(chan struct{}, 1),
-		buffers:   sync.Pool{New: func() any { return new([]byte) }},
 	}
 	if u.User != nil {
 		password, _ := u.User.Password()
@@ -178,62 +175,7 @@ func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error
 // GetBatch gets several chunks at a time. What is under way when one fails is
 // still delivered.
 func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, frame []byte) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	type result struct {
-		i     int
-		frame *[]byte
-		err   error
-	}
-	var (
-		next    atomic.Int64
-		failed  atomic.Bool
-		workers sync.WaitGroup
-		results = make(chan result)
-	)
-	for range min(len(ids), batchRequests) {
-		workers.Go(func() {
-			for !failed.Load() {
-				i := int(next.Add(1)) - 1
-				if i >= len(ids) {
-					return
-				}
-				r := result{i: i, frame: s.buffers.Get().(*[]byte)}
-				*r.frame, r.err = s.Get(ctx, ids[i], (*r.frame)[:0])
-				if r.err != nil {
-					failed.Store(true)
-				}
-				results <- r
-			}
-		})
-	}
-	go func() {
-		workers.Wait()
-		cancel()
-		close(results)
-	}()
-	var first, abort error
-	for r := range results {
-		switch {
-		case abort != nil:
-		case r.err != nil:
-			first = firstOf(first, r.err)
-		default:
-			if abort = yield(r.i, *r.frame); abort != nil {
-				failed.Store(true)
-				cancel()
-			}
-		}
-		s.buffers.Put(r.frame)
-	}
-	return firstOf(abort, first)
-}
-
-// firstOf returns a, or b where a is nil.
-func firstOf(a, b error) error {
-	if a != nil {
-		return a
-	}
-	return b
+	return chunkstore.GetEach(ctx, s, batchRequests, ids, yield)
 }
 
 // Has asks for chunk id without its bytes: with HEAD, or for the first byte
