@@ -44,6 +44,10 @@ type Pack struct {
 	// Open reads the pack from its beginning; it may be called again. nil says
 	// that the destination has the pack already.
 	Open func() (io.ReadCloser, error)
+	// From is the address of a place that has the pack,
+	// "registry://HOST/REPOSITORY"; "" when no such place is known. A
+	// destination in the same registry can take it from there unread.
+	From string
 }
 
 // Location says where the stored form of a chunk lies.

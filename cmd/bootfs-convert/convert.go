@@ -15,18 +15,26 @@ import (
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/stores"
+	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
 // convertFlags are those of bootfs-convert SRC DST.
 type convertFlags struct {
 	*common
-	store string
-	boot  string
+	store        string
+	boot         string
+	base         string
+	rewriteBelow float64
 }
+
+// noBase is the value of --base that asks for the canonical form.
+const noBase = "none"
 
 func (f *convertFlags) register(cmd *cobra.Command) {
 	fs := cmd.Flags()
 	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to: "+stores.WrittenForms()+" (default packs beside the image)")
+	fs.StringVar(&f.base, "base", "", "`REF` of a converted image whose packs are reused, or none (default what DST stands for until now)")
+	fs.Float64Var(&f.rewriteBelow, "rewrite-below", convert.DefaultRewriteBelow, "`FRACTION` of a pack of the base that must be used; what is used of other packs is stored again")
 	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 
@@ -56,8 +64,20 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 			return err
 		}
 	}
+	if f.rewriteBelow <= 0 || f.rewriteBelow > 1 {
+		return usagef("--rewrite-below %v: want a number above 0 and up to 1", f.rewriteBelow)
+	}
+	var base *transport.Ref
+	if f.base != "" && f.base != noBase {
+		r, err := f.ref(f.base)
+		if err != nil {
+			return err
+		}
+		base = &r
+	}
 	d := f.display()
 	report, err := convert.Run(ctx, convert.Options{
+		Base: base, Canonical: f.base == noBase, RewriteBelow: f.rewriteBelow,
 		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, Access: f.access(), Boot: boot,
 		TempDir: f.tempDir, Transport: t, Progress: d.event, Log: f.logger(d),
 	})
@@ -80,11 +100,32 @@ func (f *convertFlags) printReport(r *convert.Report) error {
 		if p.Packs > 0 {
 			fmt.Fprintf(&b, " in %d packs", p.Packs)
 		}
-		fmt.Fprintf(&b, ", %s of it new; engines pull %s\n", scratch.Bytes(p.NewBytes), scratch.Bytes(p.BootBytes))
+		if p.Base != "" {
+			fmt.Fprintf(&b, ", %d of them the base's", p.BasePacks)
+		}
+		fmt.Fprintf(&b, "; %s written%s; engines pull %s\n", scratch.Bytes(p.NewBytes+p.CopiedBytes), writtenFor(p), scratch.Bytes(p.BootBytes))
 	}
 	fmt.Fprintf(&b, "%s is %s, made in %.1f s\n", r.Destination, r.Digest, r.Seconds)
 	_, err := fmt.Fprint(f.stdout, b.String())
 	return err
+}
+
+// writtenFor says why the bytes of p were written, where that is not because
+// they are new.
+func writtenFor(p convert.PlatformReport) string {
+	if p.Base == "" || p.NewBytes+p.CopiedBytes == 0 {
+		return ""
+	}
+	parts := []string{scratch.Bytes(p.NewChunkBytes) + " of new chunks"}
+	for _, part := range []struct {
+		n   int64
+		why string
+	}{{p.StartPackBytes, "for the start set"}, {p.RewrittenBytes, "rewritten"}, {p.CopiedBytes, "copied"}} {
+		if part.n > 0 {
+			parts = append(parts, scratch.Bytes(part.n)+" "+part.why)
+		}
+	}
+	return " (" + strings.Join(parts, ", ") + ")"
 }
 
 // builtInBoot returns the boot binary that was built into this command.

@@ -33,6 +33,10 @@ type Config struct {
 	// IndexDigest is the SHA-256 of the index, "sha256:…". It names every byte
 	// of the root image, so it names the root.
 	IndexDigest string `json:"indexDigest"`
+	// Base is the digest of the boot manifest whose packs this image refers to
+	// beside its own, or the image ID where the base had no manifest; "" when
+	// all packs were made for this image.
+	Base string `json:"base,omitempty"`
 	// Stores are tried in order, as addresses: "registry://host/repo",
 	// "/path". BLOB_STORE stands before them.
 	Stores []string `json:"stores"`

@@ -20,7 +20,6 @@ import (
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/erofs"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
-	"github.com/container-bootfs/bootfs/internal/tree"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
@@ -37,24 +36,33 @@ type sink interface {
 	workers() int
 }
 
-// chunked is what chunkImage made of a root image.
+// chunked is what became of a root image.
 type chunked struct {
 	index     []byte                   // the file
 	locations []registrystore.Location // by position in the index
+	base      string                   // as the image records it
 	report    PlatformReport           // its figures on chunks
+}
+
+// newPipeline returns a pipeline to s.
+func newPipeline(s sink) (*pipeline, error) {
+	cutter, err := chunker.New(chunker.V1)
+	if err != nil {
+		return nil, err
+	}
+	return &pipeline{
+		cut: cutter.Cut, max: chunker.V1.Max,
+		workers: s.workers(), encode: s.encode, zeros: s.zeros(),
+		frames: make(map[index.ID]*frame),
+	}, nil
 }
 
 // chunkImage cuts the root image of plan and puts its chunks into s: first
 // those of the ranges start, then all others.
 func chunkImage(ctx context.Context, plan *rootimage.Plan, start []span, s sink, progress func(int64)) (*chunked, error) {
-	cutter, err := chunker.New(chunker.V1)
+	p, err := newPipeline(s)
 	if err != nil {
 		return nil, err
-	}
-	p := &pipeline{
-		cut: cutter.Cut, max: chunker.V1.Max,
-		workers: s.workers(), encode: s.encode, zeros: s.zeros(),
-		frames: make(map[index.ID]*frame),
 	}
 	out := &chunked{}
 	r := &out.report
@@ -67,24 +75,13 @@ func chunkImage(ctx context.Context, plan *rootimage.Plan, start []span, s sink,
 		}
 		distinct = append(distinct, at)
 		r.Distinct++
-		r.StoredBytes += int64(len(stored))
-		if start {
-			r.StartChunks++
-			r.StartBytes += int64(len(stored))
-		}
+		r.stored(len(stored), start)
 		return len(distinct) - 1, nil
 	}
 
 	if len(start) > 0 {
-		units := func(yield func(unit) bool) {
-			for u := range unitsOf(plan) {
-				if overlaps(start, u.Offset, u.Size) && !yield(u) {
-					return
-				}
-			}
-		}
 		keep := func(off int64, size int) bool { return overlaps(start, off, int64(size)) }
-		err := p.run(ctx, units, keep, func(c *chunk, stored []byte, number int) (int, error) {
+		err := p.run(ctx, unitsWith(plan, start), keep, func(c *chunk, stored []byte, number int) (int, error) {
 			if c.frame == nil || number >= 0 {
 				return number, nil
 			}
@@ -130,6 +127,26 @@ func chunkImage(ctx context.Context, plan *rootimage.Plan, start []span, s sink,
 	return out, nil
 }
 
+// stored counts a distinct chunk of n stored bytes.
+func (r *PlatformReport) stored(n int, start bool) {
+	r.StoredBytes += int64(n)
+	if start {
+		r.StartChunks++
+		r.StartBytes += int64(n)
+	}
+}
+
+// unitsWith are the units that have a byte of spans.
+func unitsWith(plan *rootimage.Plan, spans []span) iter.Seq[unit] {
+	return func(yield func(unit) bool) {
+		for u := range unitsOf(plan) {
+			if overlaps(spans, u.Offset, u.Size) && !yield(u) {
+				return
+			}
+		}
+	}
+}
+
 // unitsOf adapts a plan to the pipeline.
 func unitsOf(plan *rootimage.Plan) iter.Seq[unit] {
 	return func(yield func(unit) bool) {
@@ -142,16 +159,40 @@ func unitsOf(plan *rootimage.Plan) iter.Seq[unit] {
 }
 
 // packs is the sink of a destination or store that holds packs.
-type packs struct{ w *registrystore.PackWriter }
+type packs struct {
+	w       *registrystore.PackWriter
+	base    *baseImage // may be nil
+	written []written  // by pack
+}
 
-func (packs) encode(_ context.Context, _ index.ID, plain []byte) ([]byte, error) {
+// written are the stored bytes in a pack, by why they were written.
+type written struct{ start, added, again int64 }
+
+func (*packs) encode(_ context.Context, _ index.ID, plain []byte) ([]byte, error) {
 	return chunkstore.Encode(nil, plain), nil
 }
-func (p packs) add(id index.ID, stored []byte, start bool) (registrystore.Location, error) {
-	return p.w.Append(id, stored, start)
+
+func (p *packs) add(id index.ID, stored []byte, start bool) (registrystore.Location, error) {
+	at, err := p.w.Append(id, stored, start)
+	if err != nil {
+		return at, err
+	}
+	for len(p.written) <= at.Pack {
+		p.written = append(p.written, written{})
+	}
+	w, n := &p.written[at.Pack], int64(len(stored))
+	switch {
+	case start:
+		w.start += n
+	case p.base.has(id):
+		w.again += n
+	default:
+		w.added += n
+	}
+	return at, nil
 }
-func (packs) zeros() bool  { return false }
-func (packs) workers() int { return runtime.GOMAXPROCS(0) }
+func (*packs) zeros() bool  { return false }
+func (*packs) workers() int { return runtime.GOMAXPROCS(0) }
 
 // loose is the sink of a store of single chunks.
 type loose struct {
@@ -185,11 +226,16 @@ const (
 	maxPutPause = 30 * time.Second
 )
 
-// put writes a chunk, and tries again where the store says that this may help:
-// what has been converted is worth more than a server's hiccup.
+// put writes a chunk.
 func (l *loose) put(ctx context.Context, id index.ID, stored []byte) error {
+	return insist(ctx, func() error { return l.store.Put(ctx, id, stored) })
+}
+
+// insist calls do again where its error says that this may help: what has been
+// converted is worth more than a server's hiccup.
+func insist(ctx context.Context, do func() error) error {
 	for attempt := 0; ; attempt++ {
-		err := l.store.Put(ctx, id, stored)
+		err := do()
 		var told interface {
 			Temporary() bool
 			RetryAfter() time.Duration
@@ -277,27 +323,4 @@ func sortSpans(spans []span) []span {
 		out = append(out, s)
 	}
 	return out
-}
-
-// nowhere is a sink that only names chunks.
-type nowhere struct{}
-
-func (nowhere) encode(context.Context, index.ID, []byte) ([]byte, error) { return []byte{}, nil }
-func (nowhere) add(index.ID, []byte, bool) (registrystore.Location, error) {
-	return registrystore.Location{}, nil
-}
-func (nowhere) zeros() bool  { return true }
-func (nowhere) workers() int { return runtime.GOMAXPROCS(0) }
-
-// IndexDigest is the digest of the index that Run would make of t.
-func IndexDigest(ctx context.Context, t *tree.Tree, progress func(int64)) (string, error) {
-	plan, err := rootimage.New(t)
-	if err != nil {
-		return "", in(Source, err)
-	}
-	ch, err := chunkImage(ctx, plan, nil, nowhere{}, progress)
-	if err != nil {
-		return "", err
-	}
-	return digestOf(ch.index), nil
 }

@@ -5,7 +5,8 @@
 // [Run] is the whole way. The layers are read in parallel and merged, the
 // merged tree is laid out as a root image, and that is read once from front to
 // back: cut, named, encoded in parallel and put away in order. The root image
-// is never stored whole. What Run writes depends on the source, the options
+// is never stored whole. Where an earlier image has most of the chunks, they
+// are named first, and only what its packs lack is read again and encoded. What Run writes depends on the source, the options
 // and the boot binary, not on the machine; and the destination shows the new
 // image complete or is what it was.
 package convert
@@ -49,7 +50,8 @@ type Phase string
 const (
 	PhaseSource Phase = "source" // bytes of a source that is spooled before it is read
 	PhaseLayers Phase = "layers" // stored bytes of a platform's layers
-	PhaseChunks Phase = "chunks" // plain bytes of a platform's root image
+	PhaseNames  Phase = "names"  // plain bytes of a platform's root image, where a base may have its chunks
+	PhaseChunks Phase = "chunks" // plain bytes of a platform's root image, as far as they are stored anew
 	PhaseUpload Phase = "upload" // bytes that go to the destination and the store
 )
 
@@ -86,14 +88,26 @@ type PlatformReport struct {
 	ZeroChunks   int    `json:"zeroChunks"`  // of them, all zeros
 	Distinct     int    `json:"distinctChunks"`
 	StoredBytes  int64  `json:"storedBytes"` // of the distinct chunks, compressed
-	NewBytes     int64  `json:"newBytes"`    // of StoredBytes, written by this conversion
-	ReusedBytes  int64  `json:"reusedBytes"` // of StoredBytes, there before
-	Packs        int    `json:"packs"`
-	StartChunks  int    `json:"startChunks"`
-	StartBytes   int64  `json:"startBytes"` // stored bytes of the start set
-	BootDigest   string `json:"bootDigest"` // manifest of the boot image
-	BootBytes    int64  `json:"bootBytes"`  // what an engine pulls, compressed
 
+	// What was written: packs, or chunks of a loose store, that the place did
+	// not have. The three below are its parts where there are packs.
+	NewBytes       int64 `json:"newBytes"`
+	NewChunkBytes  int64 `json:"newChunkBytes"`  // chunks that the base has in no pack
+	StartPackBytes int64 `json:"startPackBytes"` // packs of the start set
+	RewrittenBytes int64 `json:"rewrittenBytes"` // chunks of packs of the base that are given up
+	ReusedBytes    int64 `json:"reusedBytes"`    // packs or chunks that were there, or that the registry has linked
+	CopiedBytes    int64 `json:"copiedBytes"`    // packs of the base that were brought from its place
+
+	Base        string `json:"base,omitempty"` // boot manifest of the image whose packs were looked at for reuse
+	Packs       int    `json:"packs"`
+	BasePacks   int    `json:"basePacks"`   // of Packs, those of the base
+	UnusedBytes int64  `json:"unusedBytes"` // of the packs, chunks that this image does not have or has twice
+	StartChunks int    `json:"startChunks"`
+	StartBytes  int64  `json:"startBytes"` // stored bytes of the start set
+	BootDigest  string `json:"bootDigest"` // manifest of the boot image
+	BootBytes   int64  `json:"bootBytes"`  // what an engine pulls, compressed
+
+	NameSeconds  float64 `json:"nameSeconds"` // of cutting and naming ahead of ChunkSeconds, where there is a base
 	LayerSeconds float64 `json:"layerSeconds"`
 	MergeSeconds float64 `json:"mergeSeconds"`
 	ChunkSeconds float64 `json:"chunkSeconds"`

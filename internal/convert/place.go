@@ -6,7 +6,7 @@ import (
 	"io"
 	"net/url"
 	"strings"
-	"sync/atomic"
+	"sync"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/internal/httpio"
@@ -111,44 +111,87 @@ func loopbackHost(address string) string {
 	return u.Host
 }
 
-// chunks puts the chunks of plan away. list is nil for single chunks.
-func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []span, progress func(int64)) (*chunked, []registrystore.Pack, error) {
+// chunks puts the chunks of plan away, on top of what b has where it is not
+// nil. list is nil for single chunks.
+func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []span, b *baseImage, platform string) (ch *chunked, list []registrystore.Pack, err error) {
+	if b != nil {
+		if ch, list, err = p.chunksOn(ctx, b, plan, start, platform); err != nil {
+			return nil, nil, err
+		}
+		ch.report.count(list)
+		return ch, list, nil
+	}
+	progress := p.c.meter(platform, PhaseChunks, plan.Size())
 	if p.loose != nil {
 		l := &loose{store: p.loose}
-		ch, err := chunkImage(ctx, plan, nil, l, progress)
-		if err != nil {
+		if ch, err = chunkImage(ctx, plan, nil, l, progress.add); err != nil {
 			return nil, nil, in(Destination, err)
 		}
 		ch.report.NewBytes, ch.report.ReusedBytes = l.written.Load(), l.reused.Load()
-		return ch, nil, nil
+	} else {
+		var r PlatformReport
+		list, err = p.store(ctx, nil, &r, func(s *packs) (err error) {
+			ch, err = chunkImage(ctx, plan, start, s, progress.add)
+			return err
+		})
+		if err != nil {
+			return nil, nil, err
+		}
+		to := &ch.report
+		to.NewBytes, to.ReusedBytes = r.NewBytes, r.ReusedBytes
+		to.NewChunkBytes, to.StartPackBytes = r.NewChunkBytes, r.StartPackBytes
+		to.count(list)
 	}
-	var written, reused atomic.Int64
+	progress.end()
+	return ch, list, nil
+}
+
+// count takes the packs of an image, which are list, into account.
+func (r *PlatformReport) count(list []registrystore.Pack) {
+	r.Packs = len(list)
+	r.UnusedBytes = -r.StoredBytes
+	for _, p := range list {
+		r.UnusedBytes += p.Size
+	}
+}
+
+// store makes packs of the chunks that fill adds, and counts their bytes in r
+// as far as the place did not have them. b may be nil.
+func (p *chunkPlace) store(ctx context.Context, b *baseImage, r *PlatformReport, fill func(*packs) error) ([]registrystore.Pack, error) {
+	var mu sync.Mutex
+	there := make(map[string]bool) // guarded by mu; by digest of the pack
 	w := registrystore.NewPackWriter(ctx, p.c.o.TempDir, func(ctx context.Context, pack registrystore.Pack) error {
 		was, err := p.packs.PutPack(ctx, pack)
 		if err != nil {
 			return in(Destination, err)
 		}
-		n := &written
-		if was {
-			n = &reused
-		}
-		n.Add(pack.Size)
+		mu.Lock()
+		defer mu.Unlock()
+		there[pack.Digest] = was
 		return nil
 	})
-	ch, err := chunkImage(ctx, plan, start, packs{w}, progress)
+	s := &packs{w: w, base: b}
+	err := fill(s)
 	descriptors, errClose := w.Close()
 	if err == nil {
 		err = errClose
 	}
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	ch.report.NewBytes, ch.report.ReusedBytes = written.Load(), reused.Load()
 	list := make([]registrystore.Pack, len(descriptors))
 	for i, d := range descriptors {
 		list[i] = registrystore.Pack{PackDescriptor: d} // at the destination: no Open
+		if there[d.Digest] {
+			r.ReusedBytes += d.Size
+			continue
+		}
+		r.NewBytes += d.Size
+		r.NewChunkBytes += s.written[i].added
+		r.StartPackBytes += s.written[i].start
+		r.RewrittenBytes += s.written[i].again
 	}
-	return ch, list, nil
+	return list, nil
 }
 
 // commit makes the chunks of images last.

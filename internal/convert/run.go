@@ -1,6 +1,7 @@
 package convert
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -43,6 +44,15 @@ type Options struct {
 	Store string
 	// Access lets us into Store where that takes single chunks.
 	Access stores.Access
+	// Base is the image whose packs are reused; nil is what the destination's
+	// name stands for until now, if it can serve.
+	Base *transport.Ref
+	// Canonical has no base: the digests then depend on nothing but the source,
+	// the boot binary and these options.
+	Canonical bool
+	// RewriteBelow is the part of a pack of the base that must be used for the
+	// pack to be referred to; 0 is DefaultRewriteBelow.
+	RewriteBelow float64
 	// Boot returns the boot binary for a platform.
 	Boot func(v1.Platform) ([]byte, error)
 	// TempDir holds temporary files; "" means os.TempDir(). They have no name
@@ -85,9 +95,14 @@ func Run(ctx context.Context, o Options) (*Report, error) {
 // conversion is one Run.
 type conversion struct {
 	o      Options
+	base   *base // nil without
 	dest   transport.Destination
 	to     *chunkPlace
 	upload *meter
+}
+
+func (c *conversion) rewriteBelow() float64 {
+	return cmp.Or(c.o.RewriteBelow, DefaultRewriteBelow)
 }
 
 // transport returns the options for a source or destination whose bytes m
@@ -142,6 +157,13 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	}
 	defer c.to.close()
 	report.Store = c.to.address
+	if o.Base != nil && c.to.packs == nil {
+		return nil, &Error{Usage, errors.New("a base is for packs: a store of single chunks knows what it has")}
+	}
+	if c.base, err = c.openBase(ctx, images); err != nil {
+		return nil, err
+	}
+	defer c.base.close()
 
 	var out []transport.PlatformImage
 	for _, img := range images {
@@ -246,15 +268,13 @@ func (c *conversion) platform(ctx context.Context, img input) (transport.Platfor
 	}
 	mergeSeconds := clock.lap()
 
-	progress := c.meter(img.Platform.String(), PhaseChunks, plan.Size())
-	ch, list, err := c.to.chunks(ctx, plan, start, progress.add)
+	ch, list, err := c.to.chunks(ctx, plan, start, c.base.of(img.Platform), img.Platform.String())
 	if err != nil {
 		return fail(err)
 	}
-	progress.end()
 	r := &ch.report
 	r.Platform, r.SourceDigest, r.SourceBytes = img.Platform.String(), img.Digest, read
-	r.LayerSeconds, r.MergeSeconds, r.ChunkSeconds = layerSeconds, mergeSeconds, clock.lap()
+	r.LayerSeconds, r.MergeSeconds, r.ChunkSeconds = layerSeconds, mergeSeconds, clock.lap()-r.NameSeconds
 	r.IndexDigest, r.Files = digestOf(ch.index), int64(meta.Inodes())
 
 	out, err := c.assemble(img, root, plan, ch, list)
@@ -286,7 +306,6 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 		if out.Data, err = registrystore.DataManifest(list); err != nil {
 			return out, err
 		}
-		r.Packs = len(list)
 	}
 	var stores, hostKeys []string
 	if c.to.address != "" {
@@ -304,6 +323,7 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 			Version:      bootimage.Version,
 			Profile:      Profile,
 			IndexDigest:  r.IndexDigest,
+			Base:         ch.base,
 			Stores:       stores,
 			HostKeys:     hostKeys,
 			XattrClasses: plan.XattrClasses(),

@@ -163,11 +163,17 @@ func openDirectory(address string, _ Source) (chunkstore.Store, error) {
 }
 
 func openRegistry(address string, s Source) (chunkstore.Store, error) {
-	blobs, err := registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: s.Keychain})
+	blobs, err := Packs(address, s.Access)
 	if err != nil {
 		return nil, err
 	}
 	return s.packs(address, blobs)
+}
+
+// Packs returns the blobs of the repository at address,
+// registry://HOST/REPOSITORY.
+func Packs(address string, a Access) (registrystore.Blobs, error) {
+	return registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: a.Keychain})
 }
 
 func openLayout(address string, s Source) (chunkstore.Store, error) {

@@ -1,0 +1,158 @@
+package convert
+
+import (
+	"cmp"
+	"slices"
+
+	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// What keeps an image that grows out of its predecessors readable with few
+// requests. Each new version adds a pack of a few chunks; so that these do not
+// pile up, they are merged before they are more than maxSmall: all but the
+// largest keepSmall are written anew, as one pack. A chunk is so rewritten a
+// few times while it moves from smaller to larger packs, not once a version.
+const (
+	maxSmall  = 8
+	keepSmall = 4
+	// maxSmallStart and keepSmallStart do the same for the packs of the start
+	// set: a start is so many requests.
+	maxSmallStart  = 3
+	keepSmallStart = 1
+	// startUse is the part of a pack of the start set that a start has to need
+	// for the pack to stay one: the rest is fetched for nothing.
+	startUse = 0.75
+)
+
+// DefaultRewriteBelow is the part of a pack that must be used for the pack to
+// be referred to, unless the options say otherwise.
+const DefaultRewriteBelow = 0.5
+
+// wantedChunk is a distinct chunk of a new image that is to be stored.
+type wantedChunk struct {
+	index.Chunk      // where the image has it first
+	start       bool // it belongs to the start set
+}
+
+// reuse says what of a base a new image refers to.
+type reuse struct {
+	kept []keptPack // those of the start set first, else in the order of the base
+	// at has the place of each chunk that need not be stored; Pack counts kept.
+	at map[index.ID]registrystore.Location
+}
+
+// keptPack is a pack of a base that the new image refers to.
+type keptPack struct {
+	registrystore.PackDescriptor             // Start as the new image has it
+	number                       int         // among the packs of the base
+	probe                        index.Chunk // the last of the chunks in it that the image has
+}
+
+// planReuse decides which packs of b an image of chunks refers to. below is
+// the part of a pack that has to be used. The decision depends on its
+// arguments alone, and an image that it leaves without anything to store
+// refers to exactly what b refers to.
+func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
+	const (
+		dropped = iota
+		ordinary
+		start
+	)
+	role := make([]int, len(b.packs))
+	used := make([]int64, len(b.packs)) // bytes of what role says
+	sum := func(counts func(wantedChunk, int) bool) {
+		clear(used)
+		for _, c := range chunks {
+			if at, ok := b.find(c.ID); ok && counts(c, at.Pack) {
+				used[at.Pack] += int64(at.Length)
+			}
+		}
+	}
+	isSmall := func(p int) bool { return b.packs[p].Size < registrystore.MinPack }
+	fills := func(p int, part float64) bool {
+		return used[p] > 0 && float64(used[p]) >= part*float64(b.packs[p].Size)
+	}
+
+	sum(func(c wantedChunk, p int) bool { return c.start && b.packs[p].Start })
+	var smalls []int
+	for p := range b.packs {
+		if fills(p, startUse) {
+			role[p] = start
+			if isSmall(p) {
+				smalls = append(smalls, p)
+			}
+		}
+	}
+	// A chunk of the start set lies in one of its packs, whoever else has it.
+	stored := func(c wantedChunk) bool {
+		at, ok := b.find(c.ID)
+		return ok && (role[at.Pack] == start || !c.start && role[at.Pack] == ordinary)
+	}
+	// merge gives up the smaller ones of smalls where they and what is to be
+	// stored beside them are more than most.
+	merge := func(smalls []int, most, keep int, more func(wantedChunk) bool) {
+		n := len(smalls)
+		if slices.ContainsFunc(chunks, more) {
+			n++
+		}
+		if n <= most {
+			return
+		}
+		slices.SortStableFunc(smalls, func(p, q int) int { return cmp.Compare(b.packs[q].Size, b.packs[p].Size) })
+		for _, p := range smalls[keep:] {
+			role[p] = dropped
+		}
+	}
+	merge(smalls, maxSmallStart, keepSmallStart, func(c wantedChunk) bool { return c.start && !stored(c) })
+
+	sum(func(c wantedChunk, p int) bool { return !c.start && role[p] != start })
+	smalls = nil
+	for p := range b.packs {
+		if role[p] != start && fills(p, below) {
+			role[p] = ordinary
+			if isSmall(p) {
+				smalls = append(smalls, p)
+			}
+		}
+	}
+	merge(smalls, maxSmall, keepSmall, func(c wantedChunk) bool { return !c.start && !stored(c) })
+
+	out := reuse{at: make(map[index.ID]registrystore.Location)}
+	place := make([]int, len(b.packs)) // in out.kept
+	for _, want := range []int{start, ordinary} {
+		for p, d := range b.packs {
+			if role[p] == want {
+				place[p] = len(out.kept)
+				d.Start = want == start
+				out.kept = append(out.kept, keptPack{PackDescriptor: d, number: p})
+			}
+		}
+	}
+	last := make([]int64, len(out.kept))
+	for _, c := range chunks {
+		if !stored(c) {
+			continue
+		}
+		at := b.chunks[c.ID]
+		at.Pack = place[at.Pack]
+		out.at[c.ID] = at
+		if end := at.Offset + int64(at.Length); end > last[at.Pack] {
+			last[at.Pack], out.kept[at.Pack].probe = end, c.Chunk
+		}
+	}
+	return out
+}
+
+// whole reports whether everything of b is kept as it is.
+func (r reuse) whole(b *baseImage) bool {
+	if len(r.kept) != len(b.packs) {
+		return false
+	}
+	for i, k := range r.kept {
+		if k.PackDescriptor != b.packs[i] {
+			return false
+		}
+	}
+	return true
+}
