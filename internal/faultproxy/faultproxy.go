@@ -3,8 +3,8 @@
 // registry or something between them fails.
 //
 // A [Proxy] passes requests on until a [Fault] is set with [Proxy.Set]; faults
-// apply to blobs only, so that the rest of a test goes on. [Proxy.Refuse] and
-// [Proxy.RequireToken] change the proxy as a whole.
+// apply to reads of blobs and of single chunks only, so that the rest of a test
+// goes on. [Proxy.Refuse] and [Proxy.RequireToken] change the proxy as a whole.
 package faultproxy
 
 import (
@@ -109,7 +109,7 @@ func (p *Proxy) Close() {
 	p.other.Close()
 }
 
-// Set makes f answer requests for blobs from now on; nil heals.
+// Set makes f answer requests for blobs and chunks from now on; nil heals.
 func (p *Proxy) Set(f Fault) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -157,11 +157,17 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if tokens != nil && !tokens.admit(w, r) {
 		return
 	}
-	if fault != nil && r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/") {
+	if fault != nil && reads(r) {
 		fault(w, r, p.pass)
 		return
 	}
 	p.pass.ServeHTTP(w, r)
+}
+
+// reads reports whether r reads a blob or a chunk, or asks whether it is there.
+func reads(r *http.Request) bool {
+	return (r.Method == http.MethodGet || r.Method == http.MethodHead) &&
+		(strings.Contains(r.URL.Path, "/blobs/") || strings.HasSuffix(r.URL.Path, ".cacnk"))
 }
 
 func (p *Proxy) serveOther(w http.ResponseWriter, r *http.Request) {
@@ -205,6 +211,27 @@ func WebPage() Fault {
 	return func(w http.ResponseWriter, _ *http.Request, _ http.Handler) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		fmt.Fprint(w, "<html><body>Please accept the terms of use.</body></html>")
+	}
+}
+
+// RefuseHead answers HEAD as a server does that does not know it.
+func RefuseHead() Fault {
+	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		if r.Method == http.MethodHead {
+			w.WriteHeader(http.StatusMethodNotAllowed)
+			return
+		}
+		pass.ServeHTTP(w, r)
+	}
+}
+
+// Outage lets nothing through until d from now.
+func Outage(d time.Duration) Fault {
+	end := time.Now().Add(d)
+	return func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		if sleep(r, time.Until(end)) {
+			pass.ServeHTTP(w, r)
+		}
 	}
 }
 
