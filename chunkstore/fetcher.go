@@ -296,6 +296,11 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 		}
 		pause := min(firstPause<<min(fruitless, 10), longPause)
 		pause = pause/2 + rand.N(pause/2) // many readers of one store shall not come back together
+		// A store that wants to be left alone for longer than the reader can wait
+		// is asked once more halfway, and halfway again: it may have recovered.
+		if d, ok := ctx.Deadline(); ok {
+			after = min(after, time.Until(d)/2)
+		}
 		sleep(ctx, max(pause, after))
 	}
 }

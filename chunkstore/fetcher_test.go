@@ -640,6 +640,25 @@ func TestRetryAfter(t *testing.T) {
 	})
 }
 
+// TestRetryAfterTooLong: a store that says to come back in an hour, and
+// recovers after twenty seconds.
+func TestRetryAfterTooLong(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		start := time.Now()
+		m := newMemory("a", good...)
+		m.set(func(_ context.Context, n int64) error {
+			if time.Since(start) < 20*time.Second {
+				return fmt.Errorf("get: %w", tooMany{time.Hour})
+			}
+			return nil
+		})
+		wantPlain(t, fetcher(t, nil, m), within(t, time.Minute), 0)
+		if took := time.Since(start); took != 30*time.Second || m.gets.Load() != 2 {
+			t.Errorf("got %d requests in %v, want 2 in half of a minute", m.gets.Load(), took)
+		}
+	})
+}
+
 func TestInvalidSize(t *testing.T) {
 	f := fetcher(t, nil, newMemory("a", good...))
 	for _, n := range []int{-1, 0, 1 << 40} {

@@ -89,6 +89,9 @@ func HostOf(raw string) string {
 	if err != nil {
 		return "a malformed URL"
 	}
+	if u.Host == "" { // of a redirect
+		return "the same host"
+	}
 	return u.Scheme + "://" + u.Host
 }
 

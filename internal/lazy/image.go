@@ -82,9 +82,10 @@ func (f *flight) landed() bool {
 // A group is the flights that one request brings. Neighbours travel together
 // because a round trip costs more than their bytes.
 type group struct {
-	flights []*flight
-	cancel  context.CancelFunc
-	waiting int // flights of it that somebody waits for, once for each; guarded by Image.mu
+	flights  []*flight
+	cancel   context.CancelFunc
+	deadline time.Time // of the fetch
+	waiting  int       // flights of it that somebody waits for, once for each; guarded by Image.mu
 }
 
 // New returns the root image that x describes, with chunks from f.
@@ -213,11 +214,11 @@ func (m *Image) add(g *group, c index.Chunk) *flight {
 // start begins to fetch g for the owner of ctx. The fetch has the time that ctx
 // has, but ends before only when the last one has left. m.mu is held.
 func (m *Image) start(ctx context.Context, g *group) {
-	deadline := time.Now().Add(flightTime)
+	g.deadline = time.Now().Add(flightTime)
 	if d, ok := ctx.Deadline(); ok {
-		deadline = d
+		g.deadline = d
 	}
-	ctx, g.cancel = context.WithDeadline(context.Background(), deadline)
+	ctx, g.cancel = context.WithDeadline(context.Background(), g.deadline)
 	go m.fetch(ctx, g)
 }
 
@@ -236,7 +237,12 @@ func (m *Image) wait(ctx context.Context, flights []*flight) error {
 			}
 			m.leave(flights[i:])
 			if f.expired && ctx.Err() == nil {
-				return errAgain
+				if d, ok := ctx.Deadline(); !ok || d.After(f.group.deadline) {
+					return errAgain
+				}
+				// The reader's time ends in this moment, too. Another flight would
+				// only lose what this one was failing at.
+				return f.lateness(context.DeadlineExceeded)
 			}
 			return f.err
 		case <-ctx.Done():

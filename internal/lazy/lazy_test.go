@@ -381,6 +381,31 @@ func TestJoinerOutlastsStarter(t *testing.T) {
 	})
 }
 
+// TestDeadlineSaysWhy: whichever of two timers rings first, that of the reader
+// or that of its flight, the error says what the fetch was failing at.
+func TestDeadlineSaysWhy(t *testing.T) {
+	for range 100 {
+		synctest.Test(t, func(t *testing.T) {
+			x, f, _ := testImage(t, []int{1000})
+			var failing error // of the last attempt
+			f.before = func(ctx context.Context, _ index.Chunk) error {
+				if ctx.Err() == nil {
+					failing = errors.New("connection refused")
+				}
+				<-ctx.Done()
+				return fmt.Errorf("%w; gave up: %w", failing, ctx.Err())
+			}
+			m := New(x, f, Options{})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			_, err := m.ReadAt(ctx, make([]byte, 1), 0)
+			if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "connection refused") || f.single.Load() != 1 {
+				t.Fatalf("got %v after %d fetches, want the deadline and why, after 1", err, f.single.Load())
+			}
+		})
+	}
+}
+
 func TestPrefetchOutlastsOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		x, f, _ := testImage(t, slices.Repeat([]int{1000}, 10))
