@@ -6,12 +6,15 @@ import (
 	"context"
 	"io"
 	"log"
+	"maps"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -168,4 +171,54 @@ func rootOf(t *testing.T, image string) string {
 	}
 	root.Close()
 	return o.Images[0].Config.IndexDigest
+}
+
+// TestRestarted kills a conversion when its first pack is up. The second run
+// sends every pack but that one.
+func TestRestarted(t *testing.T) {
+	var (
+		mu    sync.Mutex // guards what follows
+		sent  = map[string]int{}
+		first = make(chan struct{}, 100)
+	)
+	inner := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
+	reg := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		inner.ServeHTTP(w, r)
+		if digest := r.URL.Query().Get("digest"); r.Method == http.MethodPut && digest != "" {
+			mu.Lock()
+			sent[digest]++
+			mu.Unlock()
+			first <- struct{}{}
+		}
+	}))
+	t.Cleanup(reg.Close)
+	dst := strings.TrimPrefix(reg.URL, "http://") + "/dst:latest"
+	src := layoutOf(t, oneFile(t, 3, 64<<20))
+	args := []string{"-q", "--boot", "/bin/true", src, dst}
+	cmd := command(t, t.TempDir(), args...)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-first:
+	case <-time.After(time.Minute):
+		t.Error("no pack came in a minute")
+	}
+	cmd.Process.Kill()
+	cmd.Wait()
+	mu.Lock()
+	before := maps.Clone(sent)
+	mu.Unlock()
+	if out, err := command(t, t.TempDir(), args...).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	rootOf(t, dst)
+	if len(before) == 0 || len(sent) <= len(before)+2 {
+		t.Errorf("%d blobs were sent before the kill, %d in all", len(before), len(sent))
+	}
+	for digest, n := range sent {
+		if before[digest] > 0 && n > 1 {
+			t.Errorf("%s was sent %d times", digest, n)
+		}
+	}
 }

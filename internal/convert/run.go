@@ -53,6 +53,9 @@ type Options struct {
 	// RewriteBelow is the part of a pack of the base that must be used for the
 	// pack to be referred to; 0 is DefaultRewriteBelow.
 	RewriteBelow float64
+	// KeepTag leaves a second tag that no later conversion moves, so that the
+	// packs stay when the destination's name goes to another image.
+	KeepTag bool
 	// Boot returns the boot binary for a platform.
 	Boot func(v1.Platform) ([]byte, error)
 	// TempDir holds temporary files; "" means os.TempDir(). They have no name
@@ -118,6 +121,9 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	if o.Store == "" && !o.Destination.HoldsPacks() {
 		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: %s", o.Destination, stores.WrittenForms())}
 	}
+	if o.KeepTag && !o.Destination.HoldsPacks() {
+		return nil, &Error{Usage, fmt.Errorf("%s holds one image and no second tag for it: leave --keep-tag out", o.Destination)}
+	}
 	spooled := c.meter("", PhaseSource, 0)
 	src, err := transport.Open(ctx, o.Source, c.transport(spooled))
 	if err != nil {
@@ -147,7 +153,9 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	}
 
 	c.upload = c.meter("", PhaseUpload, 0)
-	c.dest, err = transport.OpenDestination(ctx, o.Destination, c.transport(c.upload))
+	to := c.transport(c.upload)
+	to.KeepTag = o.KeepTag
+	c.dest, err = transport.OpenDestination(ctx, o.Destination, to)
 	if err != nil {
 		return nil, in(Destination, err)
 	}

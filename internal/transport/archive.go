@@ -301,28 +301,33 @@ func (d *ociArchiveDestination) PutPack(ctx context.Context, p registrystore.Pac
 	return putPack(ctx, d, p)
 }
 
-func (d *ociArchiveDestination) put(ctx context.Context, h v1.Hash, size int64, open func() (io.ReadCloser, error)) (bool, error) {
+func (d *ociArchiveDestination) putManifest(ctx context.Context, m v1.Descriptor, raw []byte) error {
+	_, err := d.put(ctx, bytesBlob(m.Digest, raw))
+	return err
+}
+
+func (d *ociArchiveDestination) put(ctx context.Context, b blob) (bool, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.err != nil {
 		return false, d.err
 	}
-	if d.has[h] {
+	if d.has[b.digest] {
 		return true, nil
 	}
-	rc, err := open()
+	rc, err := b.open(ctx, 0)
 	if err != nil {
 		return false, err
 	}
 	defer rc.Close()
-	v, err := verify(rc, v1.Descriptor{Digest: h, Size: size})
+	v, err := verify(rc, v1.Descriptor{Digest: b.digest, Size: b.size})
 	if err != nil {
 		return false, err
 	}
-	if d.err = d.tar.add(blobPath(h), size, &progressReader{ctx: ctx, r: v, progress: d.o.progress}); d.err != nil {
+	if d.err = d.tar.add(blobPath(b.digest), b.size, &progressReader{ctx: ctx, r: v, progress: d.o.progress}); d.err != nil {
 		return false, d.err
 	}
-	d.has[h] = true
+	d.has[b.digest] = true
 	return false, nil
 }
 
@@ -331,7 +336,7 @@ func (d *ociArchiveDestination) Commit(ctx context.Context, images []PlatformIma
 	if err != nil {
 		return "", err
 	}
-	index, err := emptyLayoutIndex().set(d.name, x.desc)
+	index, err := emptyLayoutIndex().set(d.o.names(d.name, x.desc))
 	if err != nil {
 		return "", err
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -26,15 +27,11 @@ const (
 	AnnotationBoot = "vnd.bootfs.boot.digest"
 )
 
-// ociIndex is the index of a converted image. It implements remote.Taggable
-// with a media type.
+// ociIndex is the index of a converted image.
 type ociIndex struct {
 	raw  []byte
 	desc v1.Descriptor
 }
-
-func (x *ociIndex) RawManifest() ([]byte, error)        { return x.raw, nil }
-func (x *ociIndex) MediaType() (types.MediaType, error) { return types.OCIImageIndex, nil }
 
 // newIndex lists the boot manifests and, behind them, the data manifests:
 // engines that take the first manifest they can run find it first.
@@ -93,38 +90,75 @@ func ociDescriptor(d *v1.Descriptor, p v1.Platform) ocispec.Descriptor {
 	}
 }
 
-// blobWriter stores blobs under their digests, each whole or not at all. It is
-// safe for concurrent use.
-type blobWriter interface {
-	// put stores the blob that open reads, unless it is there.
-	put(ctx context.Context, d v1.Hash, size int64, open func() (io.ReadCloser, error)) (reused bool, err error)
+// imageWriter stores what images are made of, each part whole or not at all.
+// It is safe for concurrent use.
+type imageWriter interface {
+	// put stores a blob, unless it is there.
+	put(ctx context.Context, b blob) (reused bool, err error)
+	// putManifest stores a manifest under its digest, when all that it names
+	// is there.
+	putManifest(ctx context.Context, d v1.Descriptor, raw []byte) error
 }
 
-func putBytes(ctx context.Context, w blobWriter, d v1.Hash, b []byte) error {
-	_, err := w.put(ctx, d, int64(len(b)), func() (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(b)), nil
-	})
-	return err
+// blob is what an imageWriter stores.
+type blob struct {
+	digest v1.Hash
+	size   int64  // bytes
+	from   string // repository of the same registry that may have it, "" for none
+	// open reads it from byte off on.
+	open func(ctx context.Context, off int64) (io.ReadCloser, error)
+}
+
+func bytesBlob(d v1.Hash, b []byte) blob {
+	return blob{digest: d, size: int64(len(b)), open: func(_ context.Context, off int64) (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(b[off:])), nil
+	}}
+}
+
+// openerBlob is a blob that can only be opened at its beginning.
+func openerBlob(d v1.Hash, size int64, open func() (io.ReadCloser, error)) blob {
+	return blob{digest: d, size: size, open: func(ctx context.Context, off int64) (io.ReadCloser, error) {
+		rc, err := open()
+		if err != nil || off == 0 {
+			return rc, err
+		}
+		if s, ok := rc.(io.Seeker); ok {
+			_, err = s.Seek(off, io.SeekStart)
+		} else {
+			_, err = io.CopyN(io.Discard, &progressReader{ctx, rc, func(int64) {}}, off)
+		}
+		if err != nil {
+			rc.Close()
+			return nil, fmt.Errorf("blob %s up to byte %d: %w", d, off, err)
+		}
+		return rc, nil
+	}}
 }
 
 // putImage stores all that img is made of, its manifest last.
-func putImage(ctx context.Context, w blobWriter, img v1.Image) error {
+func putImage(ctx context.Context, w imageWriter, img v1.Image) error {
 	layers, err := img.Layers()
 	if err != nil {
 		return err
 	}
+	g, inner := errgroup.WithContext(ctx)
+	g.SetLimit(remoteJobs)
 	for _, l := range layers {
-		d, err := l.Digest()
-		if err != nil {
+		g.Go(func() error {
+			d, err := l.Digest()
+			if err != nil {
+				return err
+			}
+			size, err := l.Size()
+			if err != nil {
+				return err
+			}
+			_, err = w.put(inner, openerBlob(d, size, l.Compressed))
 			return err
-		}
-		size, err := l.Size()
-		if err != nil {
-			return err
-		}
-		if _, err := w.put(ctx, d, size, l.Compressed); err != nil {
-			return err
-		}
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
 	}
 	name, err := img.ConfigName()
 	if err != nil {
@@ -134,10 +168,10 @@ func putImage(ctx context.Context, w blobWriter, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	if err := putBytes(ctx, w, name, config); err != nil {
+	if _, err := w.put(ctx, bytesBlob(name, config)); err != nil {
 		return err
 	}
-	d, err := img.Digest()
+	d, err := partial.Descriptor(img)
 	if err != nil {
 		return err
 	}
@@ -145,12 +179,12 @@ func putImage(ctx context.Context, w blobWriter, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	return putBytes(ctx, w, d, raw)
+	return w.putManifest(ctx, *d, raw)
 }
 
 // putImages stores what images are made of and the index of them, which it
 // returns.
-func putImages(ctx context.Context, w blobWriter, images []PlatformImage) (*ociIndex, error) {
+func putImages(ctx context.Context, w imageWriter, images []PlatformImage) (*ociIndex, error) {
 	x, err := newIndex(images)
 	if err != nil {
 		return nil, err
@@ -167,21 +201,35 @@ func putImages(ctx context.Context, w blobWriter, images []PlatformImage) (*ociI
 			}
 		}
 	}
-	if err := putBytes(ctx, w, x.desc.Digest, x.raw); err != nil {
-		return nil, fmt.Errorf("index: %w", err)
+	if err := w.putManifest(ctx, x.desc, x.raw); err != nil {
+		return nil, fmt.Errorf("index %s: %w", x.desc.Digest, err)
 	}
 	return x, nil
 }
 
-// putPack stores a pack.
-func putPack(ctx context.Context, w blobWriter, p registrystore.Pack) (bool, error) {
+// packBlob is a pack that is to be stored.
+func packBlob(p registrystore.Pack) (blob, error) {
 	d, err := v1.NewHash(p.Digest)
 	if err != nil {
-		return false, fmt.Errorf("pack: %w", err)
+		return blob{}, fmt.Errorf("pack: %w", err)
 	}
 	l, err := p.Layer()
 	if err != nil {
+		return blob{}, err
+	}
+	return openerBlob(d, p.Size, l.Compressed), nil
+}
+
+// putPack stores a pack.
+func putPack(ctx context.Context, w imageWriter, p registrystore.Pack) (bool, error) {
+	b, err := packBlob(p)
+	if err != nil {
 		return false, err
 	}
-	return w.put(ctx, d, p.Size, l.Compressed)
+	return w.put(ctx, b)
 }
+
+// KeepTag is the tag that a conversion with Options.KeepTag leaves beside the
+// one that it was asked for: it names the index by its digest and is never
+// moved.
+func KeepTag(index v1.Hash) string { return "keep-" + index.Hex }

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"regexp"
 	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -61,6 +62,10 @@ func refName(raw json.RawMessage) (string, error) {
 	return d.Annotations[refNameAnno], nil
 }
 
+// besideName matches names in a layout that no image is meant by: what signs or
+// describes a manifest, and the second name of a conversion.
+var besideName = regexp.MustCompile(`^(sha256-[0-9a-f]{64}(\.[a-z]+)?|keep-[0-9a-f]{64}|packs-[0-9a-f]{32})$`)
+
 // find returns what name stands for. Without a name, the layout must hold one
 // image.
 func (x *layoutIndex) find(name string) (v1.Descriptor, error) {
@@ -72,6 +77,9 @@ func (x *layoutIndex) find(name string) (v1.Descriptor, error) {
 		n, err := refName(m)
 		if err != nil {
 			return v1.Descriptor{}, err
+		}
+		if name == "" && besideName.MatchString(n) {
+			continue
 		}
 		if n != "" && len(names) < 20 {
 			names = append(names, n)
@@ -100,26 +108,43 @@ func (x *layoutIndex) find(name string) (v1.Descriptor, error) {
 	return d, nil
 }
 
-// set lets name stand for d and for nothing else.
-func (x *layoutIndex) set(name string, d v1.Descriptor) ([]byte, error) {
-	var kept []json.RawMessage
-	for _, m := range x.manifests {
-		n, err := refName(m)
+// named is an entry of index.json that is to be.
+type named struct {
+	name string // "" for none
+	desc v1.Descriptor
+}
+
+// names are the entries of an image.
+func (o *Options) names(name string, d v1.Descriptor) []named {
+	if o.KeepTag {
+		return []named{{KeepTag(d.Digest), d}, {name, d}}
+	}
+	return []named{{name, d}}
+}
+
+// set lets each name stand for its descriptor and for nothing else.
+func (x *layoutIndex) set(names []named) ([]byte, error) {
+	for _, n := range names {
+		var kept []json.RawMessage
+		for _, m := range x.manifests {
+			have, err := refName(m)
+			if err != nil {
+				return nil, err
+			}
+			if have != n.name {
+				kept = append(kept, m)
+			}
+		}
+		if n.name != "" {
+			n.desc.Annotations = map[string]string{refNameAnno: n.name}
+		}
+		raw, err := json.Marshal(n.desc)
 		if err != nil {
 			return nil, err
 		}
-		if n != name {
-			kept = append(kept, m)
-		}
+		x.manifests = append(kept, raw)
 	}
-	if name != "" {
-		d.Annotations = map[string]string{refNameAnno: name}
-	}
-	raw, err := json.Marshal(d)
-	if err != nil {
-		return nil, err
-	}
-	x.manifests = append(kept, raw)
+	var err error
 	if x.fields["manifests"], err = json.Marshal(x.manifests); err != nil {
 		return nil, err
 	}
@@ -333,18 +358,23 @@ func (d *layoutDestination) PutPack(ctx context.Context, p registrystore.Pack) (
 	return putPack(ctx, d, p)
 }
 
-func (d *layoutDestination) put(ctx context.Context, h v1.Hash, size int64, open func() (io.ReadCloser, error)) (bool, error) {
-	path := filepath.Join(d.dir, blobPath(h))
+func (d *layoutDestination) putManifest(ctx context.Context, m v1.Descriptor, raw []byte) error {
+	_, err := d.put(ctx, bytesBlob(m.Digest, raw))
+	return err
+}
+
+func (d *layoutDestination) put(ctx context.Context, b blob) (bool, error) {
+	path := filepath.Join(d.dir, blobPath(b.digest))
 	// A blob of another size is what a power cut left: it is replaced.
-	if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() && info.Size() == size {
+	if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() && info.Size() == b.size {
 		return true, nil
 	}
-	rc, err := open()
+	rc, err := b.open(ctx, 0)
 	if err != nil {
 		return false, err
 	}
 	defer rc.Close()
-	v, err := verify(rc, v1.Descriptor{Digest: h, Size: size})
+	v, err := verify(rc, v1.Descriptor{Digest: b.digest, Size: b.size})
 	if err != nil {
 		return false, err
 	}
@@ -370,7 +400,7 @@ func (d *layoutDestination) Commit(ctx context.Context, images []PlatformImage) 
 	if err != nil {
 		return "", err
 	}
-	if err := d.commitIndex(x.desc); err != nil {
+	if err := d.commitIndex(d.o.names(d.name, x.desc)); err != nil {
 		return "", err
 	}
 	d.finished = true
@@ -378,7 +408,7 @@ func (d *layoutDestination) Commit(ctx context.Context, images []PlatformImage) 
 }
 
 // commitIndex enters the image in index.json.
-func (d *layoutDestination) commitIndex(desc v1.Descriptor) error {
+func (d *layoutDestination) commitIndex(names []named) error {
 	path := filepath.Join(d.dir, indexFile)
 	x := emptyLayoutIndex()
 	raw, err := os.ReadFile(path)
@@ -388,7 +418,7 @@ func (d *layoutDestination) commitIndex(desc v1.Descriptor) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	next, err := x.set(d.name, desc)
+	next, err := x.set(names)
 	if err != nil {
 		return err
 	}

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -301,8 +300,8 @@ func (r *resumed) Close() error {
 // registries collect.
 type registryDestination struct {
 	*repository
-	pusher *remote.Pusher
-	o      Options
+	up *uploader
+	o  Options
 }
 
 func openRegistryDestination(ctx context.Context, r Ref, o Options) (Destination, error) {
@@ -312,10 +311,6 @@ func openRegistryDestination(ctx context.Context, r Ref, o Options) (Destination
 	}
 	if _, ok := p.ref.(name.Tag); !ok {
 		return nil, errors.New("an image cannot be written under a digest; name a tag")
-	}
-	d := &registryDestination{repository: p, o: o}
-	if d.pusher, err = remote.NewPusher(p.options()...); err != nil {
-		return nil, err
 	}
 	allowed := make(chan error, 1)
 	go func() { allowed <- remote.CheckPushPermission(p.ref, p.keychain, p.transport) }()
@@ -327,65 +322,55 @@ func openRegistryDestination(ctx context.Context, r Ref, o Options) (Destination
 	if err != nil {
 		return nil, p.explain(err)
 	}
-	return d, nil
+	return &registryDestination{repository: p, up: newUploader(p, o.progress), o: o}, nil
 }
 
 func (d *registryDestination) HoldsPacks() bool     { return true }
 func (d *registryDestination) StoreAddress() string { return d.address() }
 
 func (d *registryDestination) PutPack(ctx context.Context, p registrystore.Pack) (bool, error) {
-	l, err := p.Layer()
+	b, err := packBlob(p)
 	if err != nil {
 		return false, err
 	}
-	u := &uploadLayer{Layer: l, ctx: ctx, progress: d.o.progress}
-	if err := d.pusher.Upload(ctx, d.ref.Context(), u); err != nil {
-		return false, d.explain(err)
-	}
-	return !u.opened.Load(), nil
+	b.from = d.sibling(p.From)
+	return d.put(ctx, b)
 }
 
-// uploadLayer notices whether it is uploaded.
-type uploadLayer struct {
-	v1.Layer
-	ctx      context.Context
-	progress func(int64)
-	opened   atomic.Bool
+// sibling returns the repository of a store's address if it is another one of
+// the same registry, else "".
+func (p *repository) sibling(address string) string {
+	_, rest, _ := strings.Cut(address, "://")
+	from, err := name.NewRepository(rest)
+	if err != nil || !strings.HasPrefix(address, "registry") || from.RegistryStr() != p.host() || from.RepositoryStr() == p.ref.Context().RepositoryStr() {
+		return ""
+	}
+	return from.RepositoryStr()
 }
 
-func (u *uploadLayer) Compressed() (io.ReadCloser, error) {
-	rc, err := u.Layer.Compressed()
-	if err != nil {
-		return nil, err
-	}
-	u.opened.Store(true)
-	return struct {
-		io.Reader
-		io.Closer
-	}{&progressReader{ctx: u.ctx, r: rc, progress: u.progress}, rc}, nil
+func (d *registryDestination) put(ctx context.Context, b blob) (bool, error) {
+	reused, err := d.up.put(ctx, b)
+	return reused, d.explain(err)
+}
+
+func (d *registryDestination) putManifest(ctx context.Context, m v1.Descriptor, raw []byte) error {
+	_, err := d.up.putManifest(ctx, m.Digest.String(), m, raw)
+	return d.explain(err)
 }
 
 func (d *registryDestination) Commit(ctx context.Context, images []PlatformImage) (string, error) {
-	x, err := newIndex(images)
+	x, err := putImages(ctx, d, images)
 	if err != nil {
 		return "", err
 	}
-	for _, img := range images {
-		for _, m := range []v1.Image{img.Boot, img.Data} {
-			if m == nil {
-				continue
-			}
-			digest, err := m.Digest()
-			if err != nil {
-				return "", err
-			}
-			if err := d.pusher.Push(ctx, d.ref.Context().Digest(digest.String()), m); err != nil {
-				return "", fmt.Errorf("manifest %s: %w", digest, d.explain(err))
-			}
-		}
+	tags := []string{d.ref.Identifier()}
+	if d.o.KeepTag {
+		tags = []string{KeepTag(x.desc.Digest), d.ref.Identifier()}
 	}
-	if err := d.pusher.Put(ctx, d.ref, x); err != nil {
-		return "", fmt.Errorf("index %s: %w", x.desc.Digest, d.explain(err))
+	for _, tag := range tags {
+		if _, err := d.up.putManifest(ctx, tag, x.desc, x.raw); err != nil {
+			return "", fmt.Errorf("index %s: %w", x.desc.Digest, d.explain(err))
+		}
 	}
 	return x.desc.Digest.String(), nil
 }

@@ -64,6 +64,12 @@ func orNone(s string) string {
 	return s
 }
 
+// manifestTypes are the media types that are asked for.
+var manifestTypes = []string{
+	string(types.OCIImageIndex), string(types.OCIManifestSchema1),
+	string(types.DockerManifestList), string(types.DockerManifestSchema2), "*/*",
+}
+
 // manifestFields are the fields by which the kinds of manifest are told apart.
 type manifestFields struct {
 	SchemaVersion int             `json:"schemaVersion"`

@@ -39,8 +39,12 @@ type Options struct {
 	// DockerHost is the daemon's address; "" means DOCKER_HOST or the default
 	// socket.
 	DockerHost string
+	// KeepTag makes Commit leave a second name that no later conversion moves:
+	// KeepTag of the index.
+	KeepTag bool
 	// Progress is told of bytes as they are spooled from a source or written
-	// to a destination; it may be called concurrently. May be nil.
+	// to a destination, and takes back those that must be sent again; it may
+	// be called concurrently. May be nil.
 	Progress func(n int64)
 }
 

@@ -661,3 +661,26 @@ func TestKillLeavesDestination(t *testing.T) {
 		})
 	}
 }
+
+// The second tag of a conversion stays when the first is moved, and is none
+// that a layout's only image is looked for under.
+func TestKeepTag(t *testing.T) {
+	for name, place := range places(t) {
+		if name == "oci-archive" {
+			continue // is written anew each time
+		}
+		t.Run(name, func(t *testing.T) {
+			base, _, _ := strings.Cut(place[0], ":v1")
+			first := commit(t, place[0], Options{KeepTag: true}, []string{"pack"}, map[string]v1.Image{"amd64": testImage(t, "amd64", gzipLayers(t, "a")...)})
+			img := testImage(t, "amd64", gzipLayers(t, "b")...)
+			commit(t, place[0], Options{}, []string{"pack"}, map[string]v1.Image{"amd64": img})
+			kept := base + ":" + KeepTag(must(v1.NewHash(first))(t))
+			if got := open(t, kept, Options{}).Images()[0].Digest; got == must(img.Digest())(t).String() {
+				t.Errorf("%s is the later image", kept)
+			}
+			if name == "oci" {
+				checkImage(t, open(t, base, Options{}).Images()[0], img, true)
+			}
+		})
+	}
+}
