@@ -156,10 +156,27 @@ func (p *Plan) Units() iter.Seq[Unit] {
 	}
 }
 
+// Files yields the regular files of u, one of Units, in the order of the image.
+// Each takes erofs.Blocks there. The metadata have none.
+func (p *Plan) Files(u Unit) iter.Seq[*tree.Inode] {
+	return func(yield func(*tree.Inode) bool) {
+		end := u.Offset + u.Size
+		for i := p.first(u); i < len(p.files) && int64(p.files[i].block)*erofs.BlockSize < end; i++ {
+			if !yield(p.layout.Inode(p.files[i].inode)) {
+				return
+			}
+		}
+	}
+}
+
+// first is the position in p.files of the first file of u or behind it.
+func (p *Plan) first(u Unit) int {
+	return sort.Search(len(p.files), func(i int) bool { return int64(p.files[i].block)*erofs.BlockSize >= u.Offset })
+}
+
 // Open returns the bytes of u, one of Units.
 func (p *Plan) Open(u Unit) io.Reader {
-	i := sort.Search(len(p.files), func(i int) bool { return int64(p.files[i].block)*erofs.BlockSize >= u.Offset })
-	r := &reader{plan: p, next: i, left: u.Size}
+	r := &reader{plan: p, next: p.first(u), left: u.Size}
 	if u.Offset == 0 {
 		r.rest, r.left = p.meta[:u.Size], 0
 	}

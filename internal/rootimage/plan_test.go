@@ -123,6 +123,16 @@ func TestUnits(t *testing.T) {
 				t.Errorf("unit at %d: %d bytes, want the %d of one large file", u.Offset, u.Size, want)
 			}
 		}
+		var blocks int64
+		for n := range p.Files(u) {
+			if blocks == 0 && n != inode {
+				t.Errorf("unit at %d: Files begins with another file than the image", u.Offset)
+			}
+			blocks += erofs.Blocks(n)
+		}
+		if u.Offset > 0 && blocks*erofs.BlockSize != u.Size || u.Offset == 0 && blocks > 0 {
+			t.Errorf("unit at %d: %d bytes with %d blocks of files", u.Offset, u.Size, blocks)
+		}
 		if u.Size > 2<<20 {
 			continue
 		}
