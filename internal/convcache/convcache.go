@@ -1,0 +1,127 @@
+// Package convcache keeps what a conversion has learned about the layers of an
+// image, so that the next one of an image with the same layers need not fetch,
+// unpack, cut and hash them.
+//
+// A [Record] is about one layer, and is found by the digest of the layer's
+// plain tar (its DiffID): the entries that the tar lists, and the chunks of
+// those units of the root image that have a file of the layer and none of one
+// above it. [Record.Seal] makes of it the bytes that a [Place] holds, a
+// directory or an artefact in a registry; [Open] reads them back, and refuses
+// what is damaged or of another version. [Cache] asks several places and
+// answers with what is good. An [Image] joins the records of an image's
+// layers: it knows the chunks of a unit by the files in it.
+//
+// A record says what a layer lists without the layer being read, so whoever
+// can write to a place decides what is converted. No fault of a place fails a
+// conversion: it costs the time that the cache would have saved.
+package convcache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
+)
+
+// Place is where records are kept.
+type Place interface {
+	// Get returns what is kept under name. Its error wraps [fs.ErrNotExist]
+	// when there is nothing.
+	Get(ctx context.Context, name string) ([]byte, error)
+	// Put keeps records by name. A place that belongs to one image gives up
+	// all others.
+	Put(ctx context.Context, records map[string][]byte) error
+	// String names the place for messages, without credentials.
+	String() string
+}
+
+// Cache is the places of one conversion.
+type Cache struct {
+	From []Place // asked in order
+	To   []Place
+	Log  *slog.Logger
+
+	// What To is going to hold, by name: of all platforms.
+	saved map[string][]byte
+}
+
+// recordsAtOnce is how many records are fetched at a time.
+const recordsAtOnce = 8
+
+// Load returns the records of the layers with these DiffIDs, as far as a place
+// has them.
+func (c *Cache) Load(ctx context.Context, diffIDs []string) map[string]*Record {
+	ids := slices.Compact(slices.Sorted(slices.Values(diffIDs)))
+	found := make([]*Record, len(ids))
+	var g errgroup.Group
+	g.SetLimit(recordsAtOnce)
+	for i, id := range ids {
+		g.Go(func() error {
+			found[i] = c.load(ctx, id)
+			return nil
+		})
+	}
+	_ = g.Wait() // no record is no error
+	out := make(map[string]*Record)
+	for i, r := range found {
+		if r != nil {
+			out[ids[i]] = r
+		}
+	}
+	return out
+}
+
+func (c *Cache) load(ctx context.Context, diffID string) *Record {
+	name, err := Name(diffID)
+	if err != nil {
+		return nil
+	}
+	for _, p := range c.From {
+		sealed, err := p.Get(ctx, name)
+		if err == nil {
+			var r *Record
+			if r, err = Open(diffID, sealed); err == nil {
+				return r
+			}
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		if !errors.Is(err, fs.ErrNotExist) {
+			c.Log.Info(fmt.Sprintf("cache %s: %s is not used: %v", p, name, err))
+		}
+	}
+	return nil
+}
+
+// Keep lets the next Save write the record of a layer.
+func (c *Cache) Keep(diffID string, r *Record) {
+	name, err := Name(diffID)
+	if err != nil {
+		return
+	}
+	sealed, err := r.Seal(diffID)
+	if err != nil {
+		c.Log.Info(fmt.Sprintf("layer %s is not cached: %v", diffID, err))
+		return
+	}
+	if c.saved == nil {
+		c.saved = make(map[string][]byte)
+	}
+	c.saved[name] = sealed
+}
+
+// Save writes the records that were kept. A place that does not take them is a
+// warning.
+func (c *Cache) Save(ctx context.Context) {
+	for _, p := range c.To {
+		if err := p.Put(ctx, maps.Clone(c.saved)); err != nil && ctx.Err() == nil {
+			c.Log.Warn(fmt.Sprintf("cache %s was not written: %v", p, err))
+		}
+	}
+}
