@@ -18,7 +18,8 @@ const (
 	// ArtifactTypeData marks the manifest that lists packs.
 	ArtifactTypeData = "application/vnd.bootfs.data.v1"
 
-	mediaTypeEmpty types.MediaType = "application/vnd.oci.empty.v1+json"
+	// MediaTypeEmpty is that of a configuration that says nothing.
+	MediaTypeEmpty types.MediaType = "application/vnd.oci.empty.v1+json"
 )
 
 // DataPlatform is the platform of a data manifest in an index. Engines never
@@ -40,7 +41,7 @@ func DataManifest(packs []Pack) (v1.Image, error) {
 		SchemaVersion: 2,
 		MediaType:     types.OCIManifestSchema1,
 		ArtifactType:  ArtifactTypeData,
-		Config:        v1.Descriptor{MediaType: mediaTypeEmpty, Size: int64(len(empty)), Digest: sum},
+		Config:        v1.Descriptor{MediaType: MediaTypeEmpty, Size: int64(len(empty)), Digest: sum},
 		Layers:        []v1.Descriptor{},
 	}}
 	seen := make(map[v1.Hash]bool)

@@ -20,7 +20,7 @@ const module = "github.com/container-bootfs/bootfs"
 var levels = [][]string{
 	{"chunker", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/httpio", "internal/scratch"},
 	{"index", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
-	{"chunkstore", "internal/rootimage", "internal/lazy", "mount"},
+	{"chunkstore", "internal/convcache", "internal/rootimage", "internal/lazy", "mount"},
 	{"chunkstore/httpstore", "chunkstore/local", "chunkstore/sshstore", "registrystore"},
 	{"internal/stores", "internal/transport"},
 	{"internal/assembly"},

@@ -133,7 +133,9 @@ func (i *Image) Records(entries map[string][]byte, units []Unit) map[string]*Rec
 		}
 		used[key(u.Files)] = true
 		top := slices.MaxFunc(u.Files, func(a, b File) int { return int(a.Layer - b.Layer) }).Layer
-		out[i.layers[top]].add(i.layers, u)
+		if r := out[i.layers[top]]; r != nil {
+			r.add(i.layers, u)
+		}
 	}
 	for id, r := range out {
 		old := i.records[id]

@@ -90,12 +90,10 @@ func header(diffID string) string {
 // it:
 //
 //	line      "bootfs layer record 1 v1 sha256:…"
-//	zstd      length of Entries, Entries, units
+//	zstd      what encode gives
 //	SHA-256   of all before, 32 bytes
 func (r *Record) Seal(diffID string) ([]byte, error) {
-	b := binary.AppendUvarint(nil, uint64(len(r.Entries)))
-	b = append(b, r.Entries...)
-	b, err := r.appendUnits(b)
+	b, err := r.encode()
 	if err != nil {
 		return nil, err
 	}
@@ -147,6 +145,11 @@ func Open(diffID string, sealed []byte) (*Record, error) {
 	if len(plain) > maxPlain {
 		return nil, fmt.Errorf("it holds more than %d bytes", maxPlain)
 	}
+	return decode(diffID, plain)
+}
+
+// decode reads the plain bytes of a record.
+func decode(diffID string, plain []byte) (*Record, error) {
 	d := decoder{rest: plain}
 	r := &Record{Entries: d.bytes(d.uint(maxPlain))}
 	d.units(r)
@@ -159,12 +162,16 @@ func Open(diffID string, sealed []byte) (*Record, error) {
 	return r, nil
 }
 
-// appendUnits appends the units as numbers (varints) and digests (32 bytes):
+// encode returns the plain bytes of a record: numbers as varints, digests in 32
+// bytes.
 //
-//	count of Layers, each; count of units, each:
+//	length of Entries, Entries
+//	count of Layers, each; count of Units, each:
 //	  count of files, for each: layer, entry (from the one before, signed), blocks
 //	  count of chunks, for each: size × 2 + zero, stored size, ID
-func (r *Record) appendUnits(b []byte) ([]byte, error) {
+func (r *Record) encode() ([]byte, error) {
+	b := binary.AppendUvarint(nil, uint64(len(r.Entries)))
+	b = append(b, r.Entries...)
 	b = binary.AppendUvarint(b, uint64(len(r.Layers)))
 	for _, l := range r.Layers {
 		sum, err := parseDigest(l)
