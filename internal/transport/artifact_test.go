@@ -25,13 +25,13 @@ func testArtifact(t testing.TB, ref string) *Artifact {
 	return a
 }
 
-// uploads counts the uploads that a registry is asked for.
-type uploads struct {
+// pushes counts the uploads that a registry is asked for.
+type pushes struct {
 	mu   sync.Mutex
 	list []string // guarded by mu
 }
 
-func (u *uploads) wrap(h http.Handler) http.Handler {
+func (u *pushes) wrap(h http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method == http.MethodPost || r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/manifests/") {
 			u.mu.Lock()
@@ -42,7 +42,7 @@ func (u *uploads) wrap(h http.Handler) http.Handler {
 	})
 }
 
-func (u *uploads) take() int {
+func (u *pushes) take() int {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	n := len(u.list)
@@ -51,7 +51,7 @@ func (u *uploads) take() int {
 }
 
 func TestArtifact(t *testing.T) {
-	var seen uploads
+	var seen pushes
 	own := startRegistry(t, seen.wrap)
 	distribution := must(testenv.StartRegistry(t.Context(), t.TempDir(), ""))(t)
 	t.Cleanup(func() { distribution.Close() })
@@ -87,7 +87,7 @@ func TestArtifact(t *testing.T) {
 				t.Fatal(err)
 			}
 			if n := seen.take(); host == own && n != 2 {
-				t.Errorf("%d uploads for one new file and the manifest", n)
+				t.Errorf("%d pushes for one new file and the manifest", n)
 			}
 			check(files, "empty")
 		})
