@@ -59,6 +59,7 @@ type uploader struct {
 	mu      sync.Mutex // guards what follows
 	session *session   // nil before the first request
 	scopes  []string
+	known   map[v1.Hash]bool // blobs that are there: they are named again by manifests
 }
 
 // session is a login.
@@ -71,7 +72,7 @@ func newUploader(p *repository, progress func(int64)) *uploader {
 	return &uploader{
 		repo: p.ref.Context(), keychain: p.keychain, base: transport.NewUserAgent(rewind{p.transport}, "bootfs-convert"), progress: progress,
 		piece: pieceSize, sending: sendStall, answering: answerStall, pause: firstPause,
-		scopes: []string{p.ref.Context().Scope(transport.PushScope)},
+		scopes: []string{p.ref.Context().Scope(transport.PushScope)}, known: make(map[v1.Hash]bool),
 	}
 }
 
@@ -429,6 +430,21 @@ type upload struct {
 
 // put stores b unless it is there. reused says that nothing was sent.
 func (u *uploader) put(ctx context.Context, b blob) (reused bool, err error) {
+	u.mu.Lock()
+	known := u.known[b.digest]
+	u.mu.Unlock()
+	if known {
+		return true, nil
+	}
+	if reused, err = u.store(ctx, b); err == nil {
+		u.mu.Lock()
+		u.known[b.digest] = true
+		u.mu.Unlock()
+	}
+	return reused, err
+}
+
+func (u *uploader) store(ctx context.Context, b blob) (reused bool, err error) {
 	if ok, err := u.has(ctx, "blobs", b.digest); err != nil || ok {
 		return ok, err
 	}

@@ -294,6 +294,7 @@ func TestUploadHabits(t *testing.T) {
 			if limit := max(tt.max, size); tt.name != "no pieces" && reg.received > limit {
 				t.Errorf("%d bytes were received for a blob of %d, want at most %d", reg.received, size, limit)
 			}
+			clear(up.known)
 			before := reg.received
 			if reused, err := up.put(t.Context(), b); err != nil || !reused || reg.received != before {
 				t.Errorf("again: %v, %v, %d bytes", reused, err, reg.received-before)
