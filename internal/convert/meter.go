@@ -12,10 +12,14 @@ type meter struct {
 	done  atomic.Int64
 }
 
-// meter starts a phase. One whose length is not known may turn out not to
-// happen, and is told of with its first byte.
 func (c *conversion) meter(platform string, phase Phase, total int64) *meter {
-	m := &meter{send: c.o.Progress, event: Event{Platform: platform, Phase: phase, Total: total}}
+	return newMeter(c.o.Progress, platform, phase, total)
+}
+
+// newMeter starts a phase. One whose length is not known may turn out not to
+// happen, and is told of with its first byte.
+func newMeter(send func(Event), platform string, phase Phase, total int64) *meter {
+	m := &meter{send: send, event: Event{Platform: platform, Phase: phase, Total: total}}
 	if total > 0 {
 		m.send(m.event)
 	}

@@ -28,6 +28,16 @@ type unit struct {
 	Open         func() io.Reader
 }
 
+// sparse is a unit's reader that knows where zeros lie, and can pass over them.
+type sparse interface {
+	io.Reader
+	// Hole returns how many bytes from byte off of the unit on are known to be
+	// zero.
+	Hole(off int64) int64
+	// Skip makes byte off of the unit the next one that Read returns.
+	Skip(off int64)
+}
+
 // pipeline cuts units into chunks, names and encodes them in parallel, and
 // hands them on in the order of the root image. What it hands on depends on
 // the bytes alone, not on how many workers there are or which is faster.
@@ -61,7 +71,7 @@ type chunk struct {
 	Zero   bool  // all its bytes are zero
 
 	plain  []byte
-	slab   *slab
+	slab   *slab         // nil for one of a hole, whose ID and Zero are valid at once
 	frame  *frame        // nil for a zero chunk that is not encoded
 	hashed chan struct{} // closed when ID, Zero and frame are valid
 }
@@ -74,7 +84,7 @@ type slab struct {
 }
 
 func (s *slab) release() {
-	if s.refs.Add(-1) == 0 {
+	if s != nil && s.refs.Add(-1) == 0 {
 		s.free <- s
 	}
 }
@@ -159,10 +169,34 @@ func (p *pipeline) read(ctx context.Context, units iter.Seq[unit], free <-chan *
 	if err := next(nil); err != nil {
 		return err
 	}
+	var zeros chunk // one as holes are cut into
 	for u := range units {
 		r, left, off := u.Open(), u.Size, u.Offset
 		have := 0 // bytes read behind pos
+		holes, _ := r.(sparse)
 		for left > 0 || have > 0 {
+			if holes != nil {
+				n := holes.Hole(off - u.Offset)
+				for ; n >= int64(p.max); n -= int64(zeros.Size) {
+					if zeros.plain == nil {
+						zeros = p.zeroChunk()
+					}
+					c := zeros
+					c.Offset, c.hashed = off, make(chan struct{})
+					if err := emit(&c); err != nil {
+						return err
+					}
+					off += int64(c.Size)
+					read := min(have, c.Size) // of it, already
+					pos, have = pos+read, have-read
+					if left -= int64(c.Size - read); have == 0 {
+						holes.Skip(off - u.Offset)
+					}
+				}
+				if left == 0 && have == 0 {
+					break
+				}
+			}
 			if room := len(s.buf) - pos - have; int64(room) < min(left, int64(p.max-have)) {
 				if err := next(s.buf[pos : pos+have]); err != nil {
 					return err
@@ -170,7 +204,7 @@ func (p *pipeline) read(ctx context.Context, units iter.Seq[unit], free <-chan *
 			}
 			n := int(min(left, int64(len(s.buf)-pos-have)))
 			if k, err := io.ReadFull(r, s.buf[pos+have:pos+have+n]); err != nil {
-				return fmt.Errorf("root image at %d: got %d bytes, want %d: %w", off+int64(have+k), k, n, err)
+				return fmt.Errorf("at byte %d: got %d bytes, want %d: %w", off+int64(have+k), k, n, err)
 			}
 			left -= int64(n)
 			for have += n; have >= p.max || left == 0 && have > 0; {
@@ -187,11 +221,20 @@ func (p *pipeline) read(ctx context.Context, units iter.Seq[unit], free <-chan *
 	return nil
 }
 
+// zeroChunk returns the chunk that endless zeros are cut into.
+func (p *pipeline) zeroChunk() chunk {
+	plain := make([]byte, p.max)
+	plain = plain[:p.cut(plain)]
+	return chunk{ID: index.SHA256.Sum(plain), Size: len(plain), Zero: true, plain: plain}
+}
+
 // process names a chunk and encodes it if no worker has had its like.
 func (p *pipeline) process(ctx context.Context, c *chunk) error {
 	defer c.slab.release()
-	c.ID = index.SHA256.Sum(c.plain)
-	c.Zero = allZero(c.plain)
+	if c.slab != nil {
+		c.ID = index.SHA256.Sum(c.plain)
+		c.Zero = allZero(c.plain)
+	}
 	if c.Zero && !p.zeros {
 		close(c.hashed)
 		return nil

@@ -79,6 +79,9 @@ func Forms() string { return forms(func(kind) bool { return true }) }
 // WrittenForms lists the addresses of stores that a conversion can write to.
 func WrittenForms() string { return forms(func(k kind) bool { return k.written }) }
 
+// LooseForms lists the addresses of stores that single chunks go to.
+func LooseForms() string { return forms(func(k kind) bool { return k.loose && k.written }) }
+
 func forms(with func(kind) bool) string {
 	var list []string
 	for _, k := range kinds() {
