@@ -24,6 +24,12 @@ type Index struct {
 	digest Digest
 }
 
+// Sniff reports whether b, the first 16 bytes of a file or more, begins an
+// index.
+func Sniff(b []byte) bool {
+	return len(b) >= 16 && binary.LittleEndian.Uint64(b) == headerSize && binary.LittleEndian.Uint64(b[8:]) == headerType
+}
+
 // Open returns the Index whose file b holds. b is kept, not copied, and must
 // not change. The cost does not depend on the number of chunks: entries are
 // checked by At when they are used, or all of them by Verify.

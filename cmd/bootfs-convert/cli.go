@@ -130,7 +130,7 @@ func newRoot(s stdio) *cobra.Command {
 
 const envHelp = `Environment:
   BOOTFS_BARE_TRANSPORT  transport of a NAME without one: docker (default) or docker-daemon
-  BOOTFS_STORE           --store for destinations that cannot hold chunks
+  BOOTFS_STORE           --store of make, and for destinations that cannot hold chunks
   BLOB_STORE             --store for inspect, check, mount and extract, separated by blanks
   DROPBEAR_PASSWORD      password for ssh:// and sftp://, where no key is accepted
 `

@@ -28,7 +28,7 @@ const exitHelp = `Exit codes:
   0    done
   1    check: the converted root differs from its source
   2    the command line cannot be followed
-  3    the image that is to be read cannot be
+  3    the image, index or file that is to be read cannot be
   4    the destination or the store cannot be written; it is what it was
   5    too little temporary space; see --tmp-dir
   6    a chunk is missing or damaged

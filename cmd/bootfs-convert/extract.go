@@ -4,14 +4,19 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/converted"
+	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/unpack"
 )
 
@@ -24,8 +29,8 @@ type extractFlags struct {
 func newExtract(c *common) *cobra.Command {
 	f := &extractFlags{readFlags: readFlags{common: c}}
 	cmd := &cobra.Command{
-		Use:   "extract REF [DIR]",
-		Short: "Write a converted image's root into a directory or a file",
+		Use:   "extract REF [DIR] | INDEX.caibx FILE",
+		Short: "Write a converted image's root, or what an index stands for, to a directory or a file",
 		Long: `Write the root of a converted image, verified: into DIR, which is made or is
 empty; with --image as the EROFS image that the kernel mounts; with --index as
 the index from which casync makes that image, given the chunks:
@@ -36,14 +41,25 @@ the index from which casync makes that image, given the chunks:
 
 Owners, devices and privileged attributes need root; who is not root gets the
 rest, and is told. A missing or damaged chunk is noticed before DIR is touched;
-a full disk or an interrupt leaves there what was written by then.`,
+a full disk or an interrupt leaves there what was written by then.
+
+Of an index in a file, as make and casync write it, make FILE from the chunks in
+--store. A FILE that is there is replaced once the new one is complete, and
+chunks that are right in it are not fetched; a block device is written in place,
+where it differs.`,
 		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 && isIndexFile(args[0]) {
+				return exactArgs("INDEX.caibx", "FILE")(cmd, args)
+			}
 			if len(args) == 1 && (f.image != "" || f.index != "") {
 				return nil
 			}
 			return exactArgs("REF", "DIR")(cmd, args)
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if isIndexFile(args[0]) {
+				return runExtractBlob(cmd.Context(), f, args[0], args[1])
+			}
 			return runExtract(cmd.Context(), f, append(args, "")[:2])
 		},
 	}
@@ -110,6 +126,121 @@ func runExtract(ctx context.Context, f *extractFlags, args []string) error {
 		return f.writeJSON(result)
 	}
 	return nil
+}
+
+// blobExtraction is the result of extract from an index in a file.
+type blobExtraction struct {
+	File    string       `json:"file"`
+	Bytes   int64        `json:"bytes"`
+	Chunks  int          `json:"chunks"`
+	Stores  []storeCount `json:"stores"` // what was fetched from where
+	Seconds float64      `json:"seconds"`
+}
+
+// storeCount is what came from a store.
+type storeCount struct {
+	Store  string `json:"store"`
+	Chunks int64  `json:"chunks"`
+	Bytes  int64  `json:"bytes"` // stored
+}
+
+// runExtractBlob makes file of the index in the file name.
+func runExtractBlob(ctx context.Context, f *extractFlags, name, file string) error {
+	began := time.Now()
+	if f.image != "" || f.index != "" {
+		return usagef("--image and --index are for converted images; %s is an index", name)
+	}
+	x, err := readIndexFile(name)
+	if err != nil {
+		return err
+	}
+	list, done, err := f.indexStores(x)
+	if err != nil {
+		return err
+	}
+	defer done()
+	d := f.display()
+	defer d.close()
+	fetcher := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: x.Digest(), Stores: list, Log: f.logger(d)})
+	defer fetcher.Close()
+	progress, end := blobMeter(d, phaseWrite, x.Size())
+	if err := writeBlob(ctx, x, fetcher, file, progress); err != nil {
+		return err
+	}
+	end()
+	d.close()
+	result := blobExtraction{File: file, Bytes: x.Size(), Chunks: x.Len(), Seconds: time.Since(began).Seconds()}
+	for _, s := range fetcher.Stats().Stores {
+		result.Stores = append(result.Stores, storeCount{s.Name, s.Chunks, s.Stored})
+	}
+	if f.json {
+		return f.writeJSON(result)
+	}
+	_, err = fmt.Fprintf(f.stdout, "%s: %s in %d chunks, in %.1f s\n", file, scratch.Bytes(x.Size()), x.Len(), result.Seconds)
+	return err
+}
+
+// writeBlob writes what x stands for to file.
+func writeBlob(ctx context.Context, x *index.Index, f *chunkstore.Fetcher, file string, progress func(int64)) error {
+	failed := func(err error) error {
+		return &convert.Error{Part: convert.Destination, Err: fmt.Errorf("write %s: %w", file, bare(err))}
+	}
+	info, err := os.Stat(file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return replaceFile(file, func(w *os.File) error {
+			return fillBlob(ctx, x, f, w, nil, progress)
+		})
+	case err != nil:
+		return failed(err)
+	case info.Mode().IsRegular():
+		old, err := os.Open(file)
+		if err != nil {
+			return failed(err)
+		}
+		defer old.Close()
+		return replaceFile(file, func(w *os.File) error {
+			return fillBlob(ctx, x, f, w, old, progress)
+		})
+	case info.Mode().Type() != fs.ModeDevice:
+		return failed(errors.New("not a plain file or a block device"))
+	}
+	w, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err != nil {
+		return failed(err)
+	}
+	defer w.Close()
+	size, err := w.Seek(0, io.SeekEnd)
+	if err == nil && size < x.Size() {
+		err = fmt.Errorf("it has %s, %s are needed", scratch.Bytes(size), scratch.Bytes(x.Size()))
+	}
+	if err != nil {
+		return failed(err)
+	}
+	if err := converted.WriteBlob(ctx, x, f, converted.Target{WriterAt: w, Seed: w, InPlace: true}, progress); err != nil {
+		return asDestination(file, w, err)
+	}
+	if err := w.Sync(); err != nil {
+		return failed(err)
+	}
+	return nil
+}
+
+// fillBlob writes a new file. seed is an earlier one or nil.
+func fillBlob(ctx context.Context, x *index.Index, f *chunkstore.Fetcher, w *os.File, seed io.ReaderAt, progress func(int64)) error {
+	if err := w.Truncate(x.Size()); err != nil {
+		return err
+	}
+	return converted.WriteBlob(ctx, x, f, converted.Target{WriterAt: w, Blank: true, Seed: seed}, progress)
+}
+
+// asDestination says of an error of w, which is the file that the user called
+// name, that the destination cannot be written.
+func asDestination(name string, w *os.File, err error) error {
+	if e := (*fs.PathError)(nil); errors.As(err, &e) && e.Path == w.Name() {
+		return &convert.Error{Part: convert.Destination, Err: fmt.Errorf("write %s: %w", name, bare(err))}
+	}
+	return err
 }
 
 // checkDestinations looks for what would be noticed only after everything was
@@ -185,11 +316,7 @@ func replaceFile(name string, fill func(*os.File) error) error {
 	defer os.Remove(w.Name())
 	defer w.Close()
 	if err := fill(w); err != nil {
-		// It may have failed to read what it writes.
-		if e := (*fs.PathError)(nil); errors.As(err, &e) && e.Path == w.Name() {
-			return failed(err)
-		}
-		return err
+		return asDestination(name, w, err) // or it failed to read what it writes
 	}
 	if err := w.Chmod(0o644); err != nil {
 		return failed(err)

@@ -65,7 +65,15 @@ func title(e convert.Event) string {
 
 // meter counts the bytes of a phase of img; end says that it is over.
 func meter(d display, img *converted.Image, phase convert.Phase, total int64) (add func(int64), end func()) {
-	e := convert.Event{Platform: img.Platform.String(), Phase: phase, Total: total}
+	return eventMeter(d, convert.Event{Platform: img.Platform.String(), Phase: phase, Total: total})
+}
+
+// blobMeter is meter for what is no image.
+func blobMeter(d display, phase convert.Phase, total int64) (add func(int64), end func()) {
+	return eventMeter(d, convert.Event{Phase: phase, Total: total})
+}
+
+func eventMeter(d display, e convert.Event) (add func(int64), end func()) {
 	d.event(e)
 	var done atomic.Int64
 	add = func(n int64) {

@@ -17,11 +17,8 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync/atomic"
-	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
@@ -171,14 +168,6 @@ func (i *Image) Fetcher(cache chunkstore.Writer) (*chunkstore.Fetcher, error) {
 	return chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: i.Index.Digest(), Cache: cache, Stores: s, Log: i.options.Log}), nil
 }
 
-// How WriteTo fetches: batches are large enough for one request to a pack, and
-// a batch that takes longer than batchTimeout will not come.
-const (
-	batchChunks   = 128
-	batchesAtOnce = 4
-	batchTimeout  = 2 * time.Minute
-)
-
 // WriteTo writes the root image to w, a new file of Index.Size bytes that
 // reads as zeros: chunks of zeros are not written. Every chunk is verified.
 func (i *Image) WriteTo(ctx context.Context, w io.WriterAt, progress func(int64)) error {
@@ -187,46 +176,7 @@ func (i *Image) WriteTo(ctx context.Context, w io.WriterAt, progress func(int64)
 		return err
 	}
 	defer f.Close()
-	g, ctx := errgroup.WithContext(ctx)
-	g.SetLimit(batchesAtOnce)
-	var failed atomic.Bool
-	batch := make([]index.Chunk, 0, batchChunks)
-	flush := func() {
-		cs := batch
-		batch = make([]index.Chunk, 0, batchChunks)
-		g.Go(func() error {
-			ctx, cancel := context.WithTimeout(ctx, batchTimeout)
-			defer cancel()
-			err := f.FetchBatch(ctx, cs, func(k int, plain []byte) error {
-				progress(int64(len(plain)))
-				if len(bytes.TrimLeft(plain, "\x00")) == 0 {
-					return nil
-				}
-				_, err := w.WriteAt(plain, cs[k].Offset)
-				return err
-			})
-			if err != nil {
-				failed.Store(true)
-			}
-			return err
-		})
-	}
-	for k := range i.Index.Len() {
-		c, err := i.Index.At(k)
-		if err != nil {
-			return err
-		}
-		if batch = append(batch, c); len(batch) == batchChunks {
-			flush()
-		}
-		if failed.Load() {
-			break
-		}
-	}
-	if len(batch) > 0 {
-		flush()
-	}
-	return g.Wait()
+	return WriteBlob(ctx, i.Index, f, Target{WriterAt: w, Blank: true}, progress)
 }
 
 // Spool returns an unnamed temporary file in dir that holds the root image. It
