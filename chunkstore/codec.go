@@ -30,16 +30,25 @@ func (e *CorruptError) Error() string {
 	return fmt.Sprintf("chunk %s%s is corrupt: got %s, want %s", e.ID, where, e.Got, e.Want)
 }
 
-// encoder is made at first use, so that a program that only reads neither pays
-// for it nor links it. Frames carry no checksum of zstd's, as a chunk's name is
-// one, and are single segments: only those always state their content size.
-var encoder = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true), zstd.WithWindowSize(chunker.MaxSize))
-	if err != nil {
-		panic(err) // the options are constants
-	}
-	return e
-})
+var theEncoder struct {
+	once sync.Once
+	*zstd.Encoder
+}
+
+// encoder is made at first use, and by a function, not a variable: so a program
+// that only reads neither pays for it nor links it. Frames carry no checksum of
+// zstd's, as a chunk's name is one, and are single segments: only those always
+// state their content size.
+func encoder() *zstd.Encoder {
+	theEncoder.once.Do(func() {
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true), zstd.WithWindowSize(chunker.MaxSize))
+		if err != nil {
+			panic(err) // the options are constants
+		}
+		theEncoder.Encoder = e
+	})
+	return theEncoder.Encoder
+}
 
 // decoder works within the capacity that it is given: a frame that claims or
 // unpacks to more is refused, not allocated.

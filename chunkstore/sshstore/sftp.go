@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/pkg/sftp"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
@@ -240,9 +241,7 @@ func (c *files) writeFile(ctx context.Context, dir, file string, frame []byte) e
 		// with no bytes behind it.
 		err = f.Sync()
 	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
+	go f.Close() // its answer says nothing that matters after that of fsync
 	if err == nil {
 		err = ctx.Err() // the caller counts on nothing being there
 	}
@@ -254,12 +253,12 @@ func (c *files) writeFile(ctx context.Context, dir, file string, frame []byte) e
 		return err
 	}
 	// Until the directories are on disk, the chunk has no name there.
+	var g errgroup.Group
 	if made {
-		if err := c.syncDir(path.Dir(dir)); err != nil {
-			return err
-		}
+		g.Go(func() error { return c.syncDir(path.Dir(dir)) })
 	}
-	return c.syncDir(dir)
+	g.Go(func() error { return c.syncDir(dir) })
+	return g.Wait()
 }
 
 // createTemp makes the file temp in dir. made says that it made dir too.
@@ -273,7 +272,11 @@ func (c *files) createTemp(dir, temp string) (f *sftp.File, made bool, err error
 			return f, made, err
 		}
 		made = true
-		if err = c.MkdirAll(dir); err != nil {
+		// Mostly the store is there already, and only the subdirectory is not.
+		if err = c.Mkdir(dir); errors.Is(err, fs.ErrNotExist) {
+			err = c.MkdirAll(dir)
+		}
+		if err != nil {
 			if _, serr := c.Stat(dir); serr != nil { // nor did somebody else make it
 				return nil, false, err
 			}
@@ -288,9 +291,7 @@ func (c *files) syncDir(dir string) error {
 	f, err := c.Open(dir)
 	if err == nil {
 		err = f.Sync()
-		if cerr := f.Close(); err == nil {
-			err = cerr
-		}
+		go f.Close()
 	}
 	var status *sftp.StatusError
 	if errors.As(err, &status) || errors.Is(err, fs.ErrPermission) {

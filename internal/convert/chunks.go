@@ -257,8 +257,9 @@ func (l *loose) add(index.ID, []byte, bool) (registrystore.Location, error) {
 	return registrystore.Location{}, nil
 }
 func (l *loose) zeros() bool { return true } // casync asks for them
-// workers counts those that wait for the disk too: each chunk is made durable.
-func (l *loose) workers() int { return 8 * runtime.GOMAXPROCS(0) }
+// workers counts those that wait: each chunk is made durable, and over SSH that
+// takes a dozen round trips.
+func (l *loose) workers() int { return max(64, 8*runtime.GOMAXPROCS(0)) }
 
 // span is a range of the root image, bytes.
 type span struct{ Offset, Size int64 }
