@@ -84,8 +84,13 @@ func (c *Cache) s3Server(ctx context.Context) (string, error) {
 
 // Start starts the server again after Close, at the same address.
 func (s *S3) Start(ctx context.Context) error {
+	iam := filepath.Join(s.home, "iam")
+	if err := os.MkdirAll(iam, 0o755); err != nil {
+		return err
+	}
 	cmd := exec.Command(s.program,
 		"--port", s.Address, "--region", s.Region, "--virtual-domain", s.Domain,
+		"--iam-dir", iam, // with users, it tells them from strangers
 		"--keep-alive", "--quiet", "--health", "/health",
 		"posix", s.Dir)
 	cmd.Env = append(os.Environ(), "ROOT_ACCESS_KEY_ID="+s.AccessKey, "ROOT_SECRET_ACCESS_KEY="+s.SecretKey)
@@ -124,4 +129,10 @@ func (s *S3) MakeBucket(name string) error { return os.Mkdir(filepath.Join(s.Dir
 func (s *S3) Log() string { return s.daemon.tail() }
 
 // Close stops the server. Its data stay.
-func (s *S3) Close() error { return s.daemon.stop(10 * time.Second) }
+func (s *S3) Close() error {
+	// Asked to end, it waits for connections that nobody uses. What it has
+	// answered is in its files.
+	s.daemon.cmd.Process.Kill()
+	<-s.daemon.done
+	return nil
+}
