@@ -33,6 +33,11 @@ type address struct {
 // place is where a store is found now: servers tell when a bucket is elsewhere.
 type place struct{ host, region string }
 
+// Is reports whether address is one that New takes.
+func Is(address string) bool {
+	return strings.HasPrefix(address, "s3+https://") || strings.HasPrefix(address, "s3+http://")
+}
+
 var (
 	bucketName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{1,254}$`)
 	regionName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$`)
@@ -54,7 +59,7 @@ func parseAddress(s string) (*address, error) {
 	switch {
 	case err != nil:
 		return nil, fail("no address")
-	case u.Scheme != "https" && u.Scheme != "http":
+	case !Is(s):
 		return nil, fail("unknown kind")
 	case u.User != nil || strings.Contains(u.EscapedPath(), "@"):
 		return nil, fail("credentials do not belong into an address")

@@ -18,6 +18,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
 
+	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/stores"
@@ -246,7 +247,7 @@ func checkStore(address string) error {
 
 // access is who we are to stores.
 func (c *common) access() stores.Access {
-	a := stores.Access{SSH: sshstore.UserOptions()}
+	a := stores.Access{SSH: sshstore.UserOptions(), S3: s3store.Options{Sources: s3store.Sources{Getenv: c.getenv}}}
 	a.SSH.Password = c.getenv(envSSHPassword)
 	return a
 }

@@ -119,11 +119,11 @@ func lead(c *caller, meeting *meeting, log *logger) (int, error) {
 	// From here on the network is used. The app's own exec is its first reader.
 	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
 	prefetch := startPrefetch(content, settings, log)
-	app, err := startApp(c.withoutOwnEnv(), root.masks, settings.keepSysAdmin)
+	app, err := startApp(c.withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin)
 	if err != nil {
 		return 0, err
 	}
-	meeting.ready()
+	meeting.ready(content.s3Variables)
 	status := serve(app, signals)
 	prefetch.stop()
 	content.close()

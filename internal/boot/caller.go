@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 )
 
@@ -114,15 +115,15 @@ func execPath() string {
 	return os.Args[0]
 }
 
-// withoutOwnEnv returns the caller without the variables that configure boot:
-// they may hold credentials.
-func (c *caller) withoutOwnEnv() *caller {
+// withoutOwnEnv returns the caller without the variables that configure boot,
+// as they may hold credentials; s3 says that those for S3 are among them.
+func (c *caller) withoutOwnEnv(s3 bool) *caller {
 	app := *c
 	app.env = nil
 	for _, v := range c.env {
 		name, value, _ := strings.Cut(v, "=")
 		// An agent among bootfs's own secrets is not the app's.
-		if !ownVariable(name) && !(name == "SSH_AUTH_SOCK" && ownMount(value)) {
+		if !ownVariable(name) && !(s3 && slices.Contains(s3store.Variables, name)) && !(name == "SSH_AUTH_SOCK" && ownMount(value)) {
 			app.env = append(app.env, v)
 		}
 	}

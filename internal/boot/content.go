@@ -19,6 +19,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/lazy"
@@ -41,6 +42,7 @@ type content struct {
 	image       *lazy.Image
 	server      *mount.Server
 	sharedCache bool // the cache outlives the container
+	s3Variables bool // the variables with credentials for S3 are boot's, not the app's
 	log         *logger
 }
 
@@ -140,6 +142,10 @@ func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 		Index:    c.index,
 		Locators: c.locators,
 		Access:   stores.Access{Keychain: secrets, SSH: ssh},
+	}
+	if slices.ContainsFunc(addresses, s3store.Is) {
+		source.S3 = secrets.s3(s)
+		c.s3Variables = len(secrets.find(s3Credentials)) == 0
 	}
 	if slices.ContainsFunc(addresses, stores.Remote) {
 		trustEmbeddedRoots()

@@ -33,7 +33,13 @@ var errClaimed = errors.New("another boot has this container")
 type meeting struct {
 	listener *net.UnixListener
 	stands   chan struct{} // closed once the root stands
+	word     byte          // that followers get then; one of those below
 }
+
+const (
+	wordReady = 1
+	wordS3    = 2 // ready, and the variables with credentials for S3 are boot's own
+)
 
 func meetingAddress(dir string) (*net.UnixAddr, error) {
 	var st unix.Stat_t
@@ -57,13 +63,13 @@ func claim(dir string) (*meeting, error) {
 	if err != nil {
 		return nil, fmt.Errorf("claim the container: %w", err)
 	}
-	m := &meeting{listener: l, stands: make(chan struct{})}
+	m := &meeting{listener: l, stands: make(chan struct{}), word: wordReady}
 	go m.answer()
 	return m, nil
 }
 
-// answer holds each follower until the root stands, then writes it one byte.
-// A follower whose connection ends without the byte knows that boot failed.
+// answer holds each follower until the root stands, then writes it the word.
+// A follower whose connection ends without it knows that boot failed.
 func (m *meeting) answer() {
 	for {
 		conn, err := m.listener.Accept()
@@ -76,13 +82,19 @@ func (m *meeting) answer() {
 		go func() {
 			defer conn.Close()
 			<-m.stands
-			_, _ = conn.Write([]byte{1})
+			_, _ = conn.Write([]byte{m.word})
 		}()
 	}
 }
 
-// ready lets the followers go.
-func (m *meeting) ready() { close(m.stands) }
+// ready lets the followers go. s3 says that the variables with credentials for
+// S3 are boot's own.
+func (m *meeting) ready(s3 bool) {
+	if s3 {
+		m.word = wordS3
+	}
+	close(m.stands)
+}
 
 // follow waits until the boot of the container has made the root, enters it and
 // becomes c's program there. It returns only on failure.
@@ -99,7 +111,8 @@ func follow(dir string, c *caller) error {
 		return err
 	}
 	_ = conn.SetReadDeadline(time.Now().Add(followTimeout))
-	if _, err := io.ReadFull(conn, make([]byte, 1)); err != nil {
+	word := make([]byte, 1)
+	if _, err := io.ReadFull(conn, word); err != nil {
 		return fmt.Errorf("wait for the container's root: boot ended or took more than %s: %w", followTimeout, err)
 	}
 	conn.Close()
@@ -111,7 +124,7 @@ func follow(dir string, c *caller) error {
 	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
 		return err
 	}
-	return execProgram(c.program, c.argv, c.withoutOwnEnv().env, c.cwd)
+	return execProgram(c.program, c.argv, c.withoutOwnEnv(word[0] == wordS3).env, c.cwd)
 }
 
 // sameNamespaceRoot refuses an answer from a process that cannot be this

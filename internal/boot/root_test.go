@@ -63,7 +63,7 @@ func TestWithInit(t *testing.T) {
 
 func TestWithoutOwnEnv(t *testing.T) {
 	c := &caller{env: []string{"PATH=/bin", "BLOB_STORE=registry://u:p@h/r", "BOOTFS_LOG=debug", "DROPBEAR_PASSWORD=x", "EMPTY="}}
-	if got, want := c.withoutOwnEnv().env, []string{"PATH=/bin", "EMPTY="}; !reflect.DeepEqual(got, want) {
+	if got, want := c.withoutOwnEnv(false).env, []string{"PATH=/bin", "EMPTY="}; !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	"golang.org/x/sys/unix"
 
+	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 )
@@ -181,6 +182,48 @@ func (s secrets) ssh(c *settings) (sshstore.Options, error) {
 		}
 	}
 	return o, nil
+}
+
+// s3 is who we are to S3: what files say, read whenever it is asked for, and
+// then what the container's variables say. The user's own files, which some of
+// them name, are the app's.
+func (s secrets) s3(c *settings) s3store.Options {
+	tokens := map[string]string{}
+	for _, variable := range []string{"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"} {
+		name := c.getenv(variable)
+		if name == "" {
+			continue
+		}
+		// The file is replaced when it is renewed, and its directory stays.
+		if dir, err := openPath(path.Dir(name)); err == nil {
+			tokens[name] = path.Join(byDescriptor(dir), path.Base(name))
+		}
+	}
+	return s3store.Options{
+		Advice: "mount them as " + bootimage.SecretsDir + "/credentials, in the form of ~/.aws/credentials",
+		Sources: s3store.Sources{
+			Profiles: func() ([]s3store.File, error) {
+				var files []s3store.File
+				for _, f := range s.find(s3Credentials) {
+					b, err := f.read()
+					if err != nil {
+						return nil, err
+					}
+					files = append(files, s3store.File{Name: f.name, Data: b})
+				}
+				return files, nil
+			},
+			Getenv: func(name string) string {
+				if name == "HOME" || name == "AWS_SHARED_CREDENTIALS_FILE" {
+					return ""
+				}
+				return c.getenv(name)
+			},
+			ReadFile: func(name string) ([]byte, error) {
+				return secret{name, tokens[name]}.read()
+			},
+		},
+	}
 }
 
 // Resolve implements authn.Keychain.

@@ -24,10 +24,12 @@ type settings struct {
 	keepSysAdmin bool   // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
 	sshPassword  string // DROPBEAR_PASSWORD, as container-bootfs named it
 	sshAgent     string // SSH_AUTH_SOCK: path of an agent's socket
+
+	env []string // all of it: S3 has many variables
 }
 
 func readSettings(env []string) (*settings, error) {
-	var s settings
+	s := settings{env: env}
 	for _, v := range env {
 		name, value, _ := strings.Cut(v, "=")
 		switch name {
@@ -49,4 +51,14 @@ func readSettings(env []string) (*settings, error) {
 		}
 	}
 	return &s, nil
+}
+
+// getenv returns a variable of the container, "" if it has none of that name.
+func (s *settings) getenv(name string) string {
+	for _, v := range s.env {
+		if value, ok := strings.CutPrefix(v, name+"="); ok {
+			return value
+		}
+	}
+	return ""
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/httpstore"
 	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/httpio"
@@ -34,6 +35,7 @@ type Source struct {
 type Access struct {
 	Keychain authn.Keychain // of registries and web servers; nil: docker's and podman's
 	SSH      sshstore.Options
+	S3       s3store.Options
 }
 
 // kind is a form of address, and what lies there.
@@ -53,6 +55,7 @@ func kinds() []kind {
 		{schemes: []string{"https://", "http://"}, form: "https://HOST/PATH", loose: true, written: true, open: openWeb},
 		{schemes: []string{"ssh://"}, form: "ssh://[USER@]HOST/PATH", loose: true, written: true, open: openSSH},
 		{schemes: []string{"sftp://"}, form: "sftp://[USER@]HOST/PATH", loose: true, written: true, open: openSSH},
+		{schemes: []string{"s3+https://", "s3+http://"}, form: "s3+https://HOST/BUCKET[/PREFIX]", loose: true, written: true, open: openS3},
 		{schemes: []string{"oci:"}, form: "oci:DIR", open: openLayout},
 	}
 }
@@ -196,6 +199,10 @@ func openWeb(address string, s Source) (chunkstore.Store, error) {
 
 func openSSH(address string, s Source) (chunkstore.Store, error) {
 	return sshstore.New(address, s.SSH)
+}
+
+func openS3(address string, s Source) (chunkstore.Store, error) {
+	return s3store.New(address, s.S3)
 }
 
 // webLogin looks up the server at address in k, nil being docker's and podman's

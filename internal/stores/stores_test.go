@@ -27,6 +27,9 @@ func TestKinds(t *testing.T) {
 		{"http://h/p", true, true, true},
 		{"ssh://u@h/p", true, true, true},
 		{"sftp://u@h:2222/p", true, true, true},
+		{"s3+https://h/b", true, true, true},
+		{"s3+http://h:9000/b/p", true, true, true},
+		{"s3://b/p", false, false, true},
 		{"oci:dir", true, false, false},
 		{"", false, false, false},
 		{"ssh:/p", false, false, false},
@@ -41,7 +44,7 @@ func TestKinds(t *testing.T) {
 			t.Errorf("%q: got loose %v, remote %v, want %v, %v", tt.address, loose, remote, tt.loose, tt.remote)
 		}
 	}
-	for form, n := range map[string]int{Forms(): 6, WrittenForms(): 5} {
+	for form, n := range map[string]int{Forms(): 7, WrittenForms(): 6} {
 		if got := len(strings.Split(strings.Replace(form, " or ", ", ", 1), ", ")); got != n {
 			t.Errorf("%q names %d forms, want %d", form, got, n)
 		}
