@@ -82,6 +82,7 @@ type platform struct {
 	Profile      string   `json:"profile"`
 	Source       string   `json:"source"`
 	SourceDigest string   `json:"sourceDigest"`
+	Base         string   `json:"base,omitempty"` // boot image whose packs it refers to beside its own
 	IndexDigest  string   `json:"indexDigest"`
 	RootBytes    int64    `json:"rootBytes"`
 	MetaBytes    int64    `json:"metaBytes"`
@@ -143,7 +144,7 @@ func inspect(img *converted.Image) (*platform, error) {
 	i := &platform{
 		Platform: img.Platform.String(), Digest: img.Digest, Profile: img.Config.Profile,
 		Source: img.Config.Source.Name, SourceDigest: img.Config.Source.Digest,
-		IndexDigest: img.Config.IndexDigest, RootBytes: img.Index.Size(), MetaBytes: int64(len(img.Meta)),
+		Base: img.Config.Base, IndexDigest: img.Config.IndexDigest, RootBytes: img.Index.Size(), MetaBytes: int64(len(img.Meta)),
 		Chunks: img.Index.Len(), Stores: img.Config.Stores, XattrClasses: img.Config.XattrClasses, BootBytes: img.BootBytes,
 	}
 	t, err := converted.Tree(img.Meta, nil)
@@ -221,6 +222,9 @@ func (i *platform) print(w *tabwriter.Writer) {
 	row("platform", "%s", i.Platform)
 	row("boot image", "%s, %s", i.Digest, bytes(i.BootBytes))
 	row("source", "%s", strings.TrimPrefix(i.Source+"@"+i.SourceDigest, "@"))
+	if i.Base != "" {
+		row("base", "%s", i.Base)
+	}
 	row("root", "%s, %s, profile %s", i.IndexDigest, bytes(i.RootBytes), i.Profile)
 	row("files", "%d: %d regular with %s, %d directories, %d symlinks", i.Inodes, i.Regular, bytes(i.FileBytes), i.Directories, i.Symlinks)
 	row("metadata", "%s", bytes(i.MetaBytes))

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"log"
 	"maps"
@@ -42,16 +43,23 @@ func command(t *testing.T, tmp string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// oneFile is a layer that holds the file app of n bytes.
-func oneFile(t *testing.T, seed uint64, n int) []byte {
+// layerOf is a layer that holds a file of n bytes for each seed: app, and then
+// app1 and so on.
+func layerOf(t *testing.T, n int, seeds ...uint64) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	w := tar.NewWriter(&b)
-	if err := w.WriteHeader(&tar.Header{Name: "app", Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(n)}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := w.Write(sample(seed, n)); err != nil {
-		t.Fatal(err)
+	name := "app"
+	for i, seed := range seeds {
+		if i > 0 {
+			name = fmt.Sprintf("app%d", i)
+		}
+		if err := w.WriteHeader(&tar.Header{Name: name, Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(n)}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(sample(seed, n)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
@@ -89,10 +97,10 @@ func layoutOf(t *testing.T, plain []byte) string {
 
 // TestKilled kills conversions over an image that is there, at many moments:
 // whoever looks afterwards sees the old image or the new one, whole, and no
-// temporary file.
+// temporary file. The new image refers to packs of the old one.
 func TestKilled(t *testing.T) {
-	const size, moments = 6 << 20, 8
-	older, newer := layoutOf(t, oneFile(t, 1, size)), layoutOf(t, oneFile(t, 2, size))
+	const size, moments = 4 << 20, 8
+	older, newer := layoutOf(t, layerOf(t, size, 1, 3)), layoutOf(t, layerOf(t, size, 2, 3))
 	reg := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(reg.Close)
 	host := strings.TrimPrefix(reg.URL, "http://")
@@ -193,7 +201,7 @@ func TestRestarted(t *testing.T) {
 	}))
 	t.Cleanup(reg.Close)
 	dst := strings.TrimPrefix(reg.URL, "http://") + "/dst:latest"
-	src := layoutOf(t, oneFile(t, 3, 64<<20))
+	src := layoutOf(t, layerOf(t, 64<<20, 3))
 	args := []string{"-q", "--boot", "/bin/true", src, dst}
 	cmd := command(t, t.TempDir(), args...)
 	if err := cmd.Start(); err != nil {

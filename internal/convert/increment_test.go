@@ -513,3 +513,22 @@ func TestSourceChanges(t *testing.T) {
 		t.Errorf("the destination is there: %v", err)
 	}
 }
+
+// BenchmarkNameImage cuts and names a root image of files of many sizes: all
+// that an unchanged image costs beside reading its layers.
+func BenchmarkNameImage(b *testing.B) {
+	files := entries{"bin/": nil, "bin/app": sample(1, 1<<20)}
+	for i := range 200 {
+		files[fmt.Sprintf("big%03d", i)] = sample(uint64(i), 1<<20)
+	}
+	for i := range 5000 {
+		files[fmt.Sprintf("small%04d", i)] = sample(uint64(i), 500+i*97%20000)
+	}
+	plan, _ := planOf(b, []entries{files})
+	b.SetBytes(plan.Size())
+	for b.Loop() {
+		if _, err := nameImage(b.Context(), plan, nil, func(int64) {}); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

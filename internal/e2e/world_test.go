@@ -206,6 +206,7 @@ type countingProxy struct {
 	*httptest.Server
 	address string
 	bytes   atomic.Int64 // of blobs' bodies
+	sent    atomic.Int64 // of blobs that were sent to the registry
 	gate    sync.RWMutex // held for writing while blobs are kept back
 }
 
@@ -215,6 +216,9 @@ func newCountingProxy(target string) *countingProxy {
 		Rewrite: func(r *httputil.ProxyRequest) {
 			r.SetURL(&url.URL{Scheme: "http", Host: target})
 			r.Out.Host = r.In.Host // the registry makes its Locations from it
+			if r.In.Body != nil && strings.Contains(r.In.URL.Path, "/blobs/") {
+				r.Out.Body = &countingBody{r.In.Body, &p.sent}
+			}
 		},
 		ModifyResponse: func(r *http.Response) error {
 			if r.Request.Method == http.MethodGet && strings.Contains(r.Request.URL.Path, "/blobs/") {

@@ -61,6 +61,17 @@ var (
 // It runs as user "app" in /app; its entrypoint is a script that becomes the
 // command, /app/main.py by default, which prints "ok" as its last line.
 func (c *Cache) PythonImage(ctx context.Context) (string, error) {
+	return c.pythonImage(ctx, "python-image", morePackages, mainPy)
+}
+
+// PythonImageNext returns the same image a version later: one more package is
+// installed, and the application has a new line.
+func (c *Cache) PythonImageNext(ctx context.Context) (string, error) {
+	packages := append(slices.Clone(morePackages), "python3-yaml")
+	return c.pythonImage(ctx, "python-image-next", packages, append(slices.Clone(mainPy), "# The second version.\n"...))
+}
+
+func (c *Cache) pythonImage(ctx context.Context, name string, packages []string, program []byte) (string, error) {
 	base, err := c.Root(ctx)
 	if err != nil {
 		return "", err
@@ -69,7 +80,7 @@ func (c *Cache) PythonImage(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	full, err := c.Root(ctx, slices.Concat(pythonPackages, morePackages)...)
+	full, err := c.Root(ctx, slices.Concat(pythonPackages, packages)...)
 	if err != nil {
 		return "", err
 	}
@@ -78,7 +89,7 @@ func (c *Cache) PythonImage(ctx context.Context) (string, error) {
 		return "", err
 	}
 	var app bytes.Buffer
-	if err := writeAppLayer(&app, full, testapp); err != nil {
+	if err := writeAppLayer(&app, full, program, testapp); err != nil {
 		return "", err
 	}
 	config := v1.Config{
@@ -96,10 +107,10 @@ func (c *Cache) PythonImage(ctx context.Context) (string, error) {
 	layers := []layerSource{
 		{"debian root, minbase", func(w io.Writer) error { return diff(w, "", base) }},
 		{"apt-get install " + strings.Join(pythonPackages, " "), func(w io.Writer) error { return diff(w, base, python) }},
-		{"apt-get install " + strings.Join(morePackages, " "), func(w io.Writer) error { return diff(w, python, full) }},
+		{"apt-get install " + strings.Join(packages, " "), func(w io.Writer) error { return diff(w, python, full) }},
 		{"the application", func(w io.Writer) error { _, err := w.Write(app.Bytes()); return err }},
 	}
-	return c.layout(ctx, "python-image", []imageSource{{
+	return c.layout(ctx, name, []imageSource{{
 		platform: "linux/" + runtime.GOARCH,
 		config:   config,
 		layers:   layers,
@@ -300,8 +311,9 @@ func writeGzip(path string, write func(io.Writer) error) error {
 	return errors.Join(write(z), z.Close(), f.Close())
 }
 
-// writeAppLayer writes the Python image's top layer; root is what it lies on.
-func writeAppLayer(w io.Writer, root string, testapp []byte) error {
+// writeAppLayer writes the Python image's top layer with program as /app/main.py;
+// root is what it lies on.
+func writeAppLayer(w io.Writer, root string, program, testapp []byte) error {
 	passwd, err := os.ReadFile(filepath.Join(root, "etc/passwd"))
 	if err != nil {
 		return err
@@ -319,7 +331,7 @@ func writeAppLayer(w io.Writer, root string, testapp []byte) error {
 	}
 	return entries( // with every parent: see addParents
 		dir("app", AppUser),
-		entry{name: "app/main.py", mode: 0o644, uid: AppUser, gid: AppUser, mtime: made, data: mainPy},
+		entry{name: "app/main.py", mode: 0o644, uid: AppUser, gid: AppUser, mtime: made, data: program},
 		dir("app/data", AppUser),
 		entry{name: "app/data/notes.txt", mode: 0o640, uid: AppUser, gid: AppUser, mtime: made.Add(123456789),
 			data: []byte("a time in nanoseconds, and one more reader\n"), xattrs: map[string]string{"system.posix_acl_access": accessACL(33), "user.note": "kept"}},
