@@ -487,6 +487,23 @@ func (e batchError) Error() string {
 
 func (e batchError) Unwrap() []error { return e }
 
+// Failed returns the chunks that an error of Fetch or FetchBatch is about, and
+// why each could not be had.
+func Failed(err error) map[index.ID]error {
+	failed := make(map[index.ID]error)
+	var all batchError
+	if !errors.As(err, &all) {
+		all = batchError{err}
+	}
+	for _, err := range all {
+		var one *fetchError
+		if errors.As(err, &one) {
+			failed[one.id] = one
+		}
+	}
+	return failed
+}
+
 func joinFailed(failed []error) error {
 	switch len(failed) {
 	case 0:

@@ -125,14 +125,14 @@ func newRoot(s stdio) *cobra.Command {
 	p.BoolVarP(&c.quiet, "quiet", "q", false, "no progress, only warnings and errors")
 	p.BoolVar(&c.json, "json", false, "write the result as JSON")
 	f.register(root)
-	root.AddCommand(newInspect(c), newCheck(c), newMount(c), newExtract(c), newMake(c))
+	root.AddCommand(newInspect(c), newCheck(c), newMount(c), newExtract(c), newMake(c), newVerify(c))
 	return root
 }
 
 const envHelp = `Environment:
   BOOTFS_BARE_TRANSPORT  transport of a NAME without one: docker (default) or docker-daemon
   BOOTFS_STORE           --store of make, and for destinations that cannot hold chunks
-  BLOB_STORE             --store for inspect, check, mount and extract, separated by blanks
+  BLOB_STORE             --store for commands that read, separated by blanks
   DROPBEAR_PASSWORD      password for ssh:// and sftp://, where no key is accepted
 `
 

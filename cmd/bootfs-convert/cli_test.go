@@ -40,6 +40,7 @@ func TestExplain(t *testing.T) {
 		{"damaged chunk", t.Context(), fmt.Errorf("x: %w", &chunkstore.CorruptError{Where: "pack", Got: "a", Want: "b"}), exitChunk, ""},
 		{"missing chunk", t.Context(), fmt.Errorf("x: %w", chunkstore.ErrNotFound), exitChunk, "x: chunk not found"},
 		{"differences were listed", t.Context(), errDifferent, exitDifferent, ""},
+		{"damage was listed", t.Context(), errDamaged, exitDifferent, ""},
 		{"interrupted", cancelled, &convert.Error{Part: convert.Source, Err: context.Canceled}, exitInterrupted, "interrupted"},
 		{"several lines", t.Context(), errors.Join(errors.New("one\t1"), errors.New("two")), exitFailed, "one 1; two"},
 	} {

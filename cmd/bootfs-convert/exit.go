@@ -26,7 +26,8 @@ const (
 
 const exitHelp = `Exit codes:
   0    done
-  1    check: the converted root differs from its source
+  1    check: the converted root differs from its source;
+       verify: chunks are missing or damaged
   2    the command line cannot be followed
   3    the image, index or file that is to be read cannot be
   4    the destination or the store cannot be written; it is what it was
@@ -46,6 +47,9 @@ func usagef(format string, a ...any) error { return usageError{fmt.Errorf(format
 // errDifferent ends a check that has listed what differs.
 var errDifferent = errors.New("the converted root differs from its source")
 
+// errDamaged ends a verify that has listed what is missing or damaged.
+var errDamaged = errors.New("chunks are missing or damaged")
+
 // explain is the one place that turns an error into an exit code and a line
 // for a person, which is empty when everything has been said.
 func explain(ctx context.Context, err error) (code int, line string) {
@@ -59,7 +63,7 @@ func explain(ctx context.Context, err error) (code int, line string) {
 		usage   usageError
 	)
 	switch {
-	case errors.Is(err, errDifferent):
+	case errors.Is(err, errDifferent), errors.Is(err, errDamaged):
 		return exitDifferent, ""
 	case errors.As(err, &usage):
 		return exitUsage, line

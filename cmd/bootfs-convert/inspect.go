@@ -20,6 +20,7 @@ import (
 type readFlags struct {
 	*common
 	stores []string
+	only   bool // no other stores count
 }
 
 func (f *readFlags) register(cmd *cobra.Command) {
@@ -48,7 +49,7 @@ func (f *readFlags) open(ctx context.Context, image string, d display) (*convert
 	if list, err = absStores(list); err != nil {
 		return nil, err
 	}
-	o, err := converted.Open(ctx, ref, converted.Options{Transport: t, Stores: list, Access: f.access(), Log: f.logger(d)})
+	o, err := converted.Open(ctx, ref, converted.Options{Transport: t, Stores: list, Only: f.only, Access: f.access(), Log: f.logger(d)})
 	if err != nil {
 		return nil, &convert.Error{Part: convert.Source, Err: err}
 	}

@@ -35,6 +35,7 @@ import (
 type Options struct {
 	Transport transport.Options
 	Stores    []string // addresses that are tried first; directories are absolute
+	Only      bool     // no others than Stores are tried, if there are any
 	Access    stores.Access
 	Log       *slog.Logger
 }
@@ -139,12 +140,15 @@ func (i *Image) Stores() ([]chunkstore.Store, error) {
 	for _, a := range i.options.Stores {
 		add(a)
 	}
-	if i.beside != nil && i.Locators != nil {
+	others := !i.options.Only || len(i.options.Stores) == 0
+	if others && i.beside != nil && i.Locators != nil {
 		out = append(out, registrystore.NewStore(i.beside, i.Locators, i.Index))
 		seen = append(seen, i.source.StoreAddress())
 	}
-	for _, a := range i.Config.Stores {
-		add(a)
+	if others {
+		for _, a := range i.Config.Stores {
+			add(a)
+		}
 	}
 	if len(out) == 0 {
 		var reasons strings.Builder
