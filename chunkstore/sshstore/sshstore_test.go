@@ -75,6 +75,40 @@ func TestSample(t *testing.T) {
 	}
 }
 
+// TestCasyncOnly: a key that the line in samples/ssh lets do nothing but read
+// chunks.
+func TestCasyncOnly(t *testing.T) {
+	t.Parallel()
+	readme, err := os.ReadFile("../../samples/ssh/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, line, _ := strings.Cut(string(readme), "\ncommand=")
+	options, _, ok := strings.Cut(line, " ssh-ed25519 ")
+	if !ok {
+		t.Fatalf("no line for authorized_keys in:\n%s", readme)
+	}
+	server := startServer(t)
+	dir := filepath.Join(t.TempDir(), "store.castr")
+	ids := fill(t, dir, 20)
+	keys := filepath.Join(server.dir, "authorized_keys")
+	key, err := os.ReadFile(keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, keys, "command="+strings.Replace(options, "/srv/chunks", dir, 1)+" "+string(key))
+	st := server.open("ssh", dir)
+	for i, id := range ids {
+		_, want := chunk(i, 3000)
+		wantFrame(t, st, id, want)
+	}
+	absent, frame := chunk(1000, 3000)
+	wantMissing(t, st, absent)
+	if err := st.Put(t.Context(), absent, frame); err == nil || !strings.Contains(err.Error(), "has no SFTP") {
+		t.Errorf("put: got %v, want it refused for want of SFTP", err)
+	}
+}
+
 // TestCasync: a server with casync is spoken to in its protocol, and what it
 // does not do twice is asked of a second one.
 func TestCasync(t *testing.T) {
