@@ -18,6 +18,7 @@ import (
 type place struct {
 	name        string
 	store       string   // that the converter is told; "" is beside the image
+	env         []string // of the converter
 	recorded    string   // the store as it stands in the image
 	destination string   // that the converter is told
 	image       string   // that docker runs
@@ -57,7 +58,9 @@ func TestEveryPlace(t *testing.T) {
 				if p.store != "" {
 					args = append(args, "--store", p.store)
 				}
-				out, err := w.command(append(args, "oci:"+layout, p.destination)...).CombinedOutput()
+				convert := w.command(append(args, "oci:"+layout, p.destination)...)
+				convert.Env = append(convert.Env, p.env...)
+				out, err := convert.CombinedOutput()
 				if err != nil {
 					t.Fatalf("convert: %v\n%s", err, out)
 				}
@@ -197,6 +200,20 @@ func places(t *testing.T, cache *testenv.Cache) []*place {
 			store:    "http://ci:" + password + "@" + web.Address + "/rootfs.castr",
 			recorded: "http://" + web.Address + "/rootfs.castr",
 		},
+	}
+	server := startSSHD(t, testenv.SSHDOptions{})
+	home := sshHome(t, server.Key, server)
+	key, err := os.ReadFile(server.Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for scheme, name := range map[string]string{"ssh": "casync over SSH", "sftp": "SFTP"} {
+		store := scheme + "://root@" + server.Address + "/srv/" + scheme + ".castr"
+		list = append(list, &place{
+			name: name, destination: tagged(scheme), store: store, recorded: store,
+			env: []string{"HOME=" + home, "SSH_AUTH_SOCK="},
+			run: []string{"--volume", server.Key + ":/run/secrets/bootfs_key:ro"}, secrets: []string{strings.Split(string(key), "\n")[2]},
+		})
 	}
 	layout := filepath.Join(dir, "layout")
 	list = append(list, &place{

@@ -43,7 +43,7 @@ func StartS3(ctx context.Context, dir string) (*S3, error) {
 	if err != nil {
 		return nil, err
 	}
-	program, err := cache.s3Server(ctx)
+	program, err := cache.program(ctx, s3Server)
 	if err != nil {
 		return nil, err
 	}
@@ -68,18 +68,6 @@ func StartS3(ctx context.Context, dir string) (*S3, error) {
 		return nil, err
 	}
 	return s, s.Start(ctx)
-}
-
-// s3Server returns the path of the server's program.
-func (c *Cache) s3Server(ctx context.Context) (string, error) {
-	dir, err := c.entry("s3server", s3Server, func(tmp string) error {
-		c.say("building %s", s3Server)
-		cmd := exec.CommandContext(ctx, "go", "install", "-trimpath", "-ldflags=-s -w", s3Server)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOBIN="+tmp, "GOFLAGS=")
-		_, err := output(cmd)
-		return err
-	})
-	return filepath.Join(dir, "versitygw"), err
 }
 
 // Start starts the server again after Close, at the same address.
