@@ -79,6 +79,9 @@ func openLoose(store string, a stores.Access) (chunkstore.Writer, error) {
 // in it is an image of their own: registries delete what no tag leads to.
 func (p *chunkPlace) open(ctx context.Context, tag string) (transport.Destination, error) {
 	store := p.c.o.Store
+	if _, err := stores.Packs(store, stores.Access{}); err != nil { // says it without what may be a password
+		return nil, &Error{Usage, err}
+	}
 	scheme, repo, _ := strings.Cut(store, "://")
 	o := p.c.transport(p.c.upload)
 	switch scheme {

@@ -33,7 +33,16 @@ func Parse(s, bare string) (Ref, error) {
 		bare = Registry
 	}
 	r := Ref{Transport: bare, Name: s}
-	if scheme, rest, ok := strings.Cut(s, ":"); ok {
+	scheme, rest, ok := strings.Cut(s, ":")
+	switch scheme {
+	case DockerArchive, OCI, OCIArchive:
+	default:
+		// Before an error repeats the password.
+		if _, host, ok := cutLast(s, "@"); ok && strings.Contains(host, "/") && !strings.HasPrefix(host, "sha256:") {
+			return Ref{}, fmt.Errorf("image …@%s: a name has no user and no password in it: use docker login", host)
+		}
+	}
+	if ok {
 		switch scheme {
 		case Registry:
 			after, ok := strings.CutPrefix(rest, "//")
@@ -76,6 +85,14 @@ func Parse(s, bare string) (Ref, error) {
 		return Ref{}, fmt.Errorf("image %q: %w; an image is %s", s, err, Forms)
 	}
 	return r, nil
+}
+
+// cutLast is strings.Cut at the last sep.
+func cutLast(s, sep string) (before, after string, found bool) {
+	if i := strings.LastIndex(s, sep); i >= 0 {
+		return s[:i], s[i+len(sep):], true
+	}
+	return s, "", false
 }
 
 // isImageID reports whether s names an image of a daemon by its ID.

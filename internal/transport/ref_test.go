@@ -36,6 +36,10 @@ func TestParse(t *testing.T) {
 		{in: "https://x/y", err: "there is no transport https://"},
 		{in: "a b", err: "docker-daemon:NAME"},
 		{in: "x@sha256:../../etc", err: "an image is"},
+		{in: "oci:a@b/c", want: Ref{OCI, "a@b/c", ""}},
+		{in: "joe:s3cret@host.example/x", err: "image …@host.example/x: a name has no user and no password in it"},
+		{in: "docker://joe:s3cret@host.example/x", err: "a name has no user"},
+		{in: "https://joe:s3cret@host.example/x", err: "a name has no user"},
 	} {
 		got, err := Parse(c.in, c.bare)
 		if c.err != "" {
@@ -43,6 +47,8 @@ func TestParse(t *testing.T) {
 				t.Errorf("Parse(%q): got %v, %v, want an error with %q", c.in, got, err, c.err)
 			} else if strings.Contains(err.Error(), "\n") {
 				t.Errorf("Parse(%q): more than one line: %v", c.in, err)
+			} else if strings.Contains(err.Error(), "s3cret") {
+				t.Errorf("Parse(%q): the error has the password: %v", c.in, err)
 			}
 			continue
 		}

@@ -4,6 +4,7 @@
 //	testapp env             arguments, environment, ids, working directory, as JSON
 //	testapp status          the lines of /proc/self/status
 //	testapp cat FILE...     the contents of files
+//	testapp dump            all that the program may read of processes, secrets and bootfs
 //	testapp exit N          exits N
 //	testapp sleep           waits; prints "ready", and "stopped" and exits 0 on SIGTERM
 package main
@@ -12,9 +13,13 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/signal"
+	"path/filepath"
+	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 )
 
@@ -37,6 +42,8 @@ func run(args []string) error {
 		return cat("/proc/self/status")
 	case "cat":
 		return cat(args...)
+	case "dump":
+		return dump("/proc", "/run", "/.bootfs", "/dev/shm", "/tmp")
 	case "exit":
 		if len(args) != 1 {
 			return fmt.Errorf("exit: got %d arguments, want the status", len(args))
@@ -72,6 +79,38 @@ func printEnv() error {
 		"uid": os.Getuid(), "euid": os.Geteuid(), "gid": os.Getgid(), "groups": groups,
 	})
 }
+
+// dump prints the files below dirs, but for what the kernel says of itself.
+// Files that cannot be read are passed over.
+func dump(dirs ...string) error {
+	for _, dir := range dirs {
+		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return nil
+			}
+			process := strings.HasPrefix(path, "/proc/") && strings.Trim(strings.Split(path, "/")[2], "0123456789") == ""
+			if d.IsDir() && strings.HasPrefix(path, "/proc/") && (!process || d.Name() == "map_files") {
+				return fs.SkipDir
+			}
+			if !d.Type().IsRegular() || dir == "/proc" && !slices.Contains(perProcess, d.Name()) {
+				return nil
+			}
+			b, err := os.ReadFile(path)
+			if err != nil {
+				return nil
+			}
+			fmt.Printf("%s: %s\n", path, b)
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// perProcess are the files of a process that tell what it was given.
+var perProcess = []string{"environ", "cmdline", "mountinfo", "comm", "maps"}
 
 func cat(paths ...string) error {
 	for _, p := range paths {
