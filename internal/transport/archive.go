@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
 	"os"
 	"path"
@@ -185,7 +186,7 @@ func openOCIArchive(ctx context.Context, r Ref, o Options) (Source, error) {
 		}
 	}
 	if err == nil {
-		err = s.resolve(ctx, s, raw, r.Name, o.Platforms)
+		err = s.resolveLayout(ctx, s, raw, r.Name, o.Platforms)
 	}
 	if err != nil {
 		s.Close()
@@ -268,11 +269,12 @@ type ociArchiveDestination struct {
 	name string
 	o    Options
 
-	mu   sync.Mutex // guards the tar and what is in it
-	file *replacement
-	tar  tarWriter
-	has  map[v1.Hash]bool
-	err  error // a half-written entry spoils the rest
+	mu     sync.Mutex // guards the tar and what is in it
+	beside []named    // further names that the commit enters
+	file   *replacement
+	tar    tarWriter
+	has    map[v1.Hash]bool
+	err    error // a half-written entry spoils the rest
 }
 
 func openOCIArchiveDestination(r Ref, o Options) (Destination, error) {
@@ -332,24 +334,36 @@ func (d *ociArchiveDestination) put(ctx context.Context, b blob) (bool, error) {
 }
 
 func (d *ociArchiveDestination) Commit(ctx context.Context, images []PlatformImage) (string, error) {
-	x, err := putImages(ctx, d, images)
+	return commitImages(ctx, d, images)
+}
+
+func (d *ociArchiveDestination) hasManifest(context.Context, v1.Descriptor) (bool, error) {
+	return false, nil // put looks itself
+}
+
+func (d *ociArchiveDestination) tag(_ context.Context, name string, m v1.Descriptor, _ []byte) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.beside = append(d.beside, named{name, m})
+	return nil
+}
+
+func (d *ociArchiveDestination) lookup(context.Context, string) ([]byte, error) {
+	return nil, fs.ErrNotExist // it is written anew
+}
+
+func (d *ociArchiveDestination) finish(_ context.Context, m v1.Descriptor, _ []byte) error {
+	index, err := emptyLayoutIndex().set(append(d.beside, d.o.names(d.name, m)...))
 	if err != nil {
-		return "", err
-	}
-	index, err := emptyLayoutIndex().set(d.o.names(d.name, x.desc))
-	if err != nil {
-		return "", err
+		return err
 	}
 	if err := d.tar.add(indexFile, int64(len(index)), bytes.NewReader(index)); err != nil {
-		return "", err
+		return err
 	}
 	if err := d.tar.Close(); err != nil {
-		return "", err
+		return err
 	}
-	if err := d.file.commit(0o644); err != nil {
-		return "", err
-	}
-	return x.desc.Digest.String(), nil
+	return d.file.commit(0o644)
 }
 
 func (d *ociArchiveDestination) Close() error {

@@ -100,6 +100,34 @@ type imageWriter interface {
 	putManifest(ctx context.Context, d v1.Descriptor, raw []byte) error
 }
 
+// receiver is a destination that holds manifests beside one another.
+type receiver interface {
+	Destination
+	imageWriter
+	// hasManifest may say no where asking is no cheaper than storing.
+	hasManifest(ctx context.Context, d v1.Descriptor) (bool, error)
+	// tag gives a manifest that is there a name of its own, at once or with
+	// finish.
+	tag(ctx context.Context, name string, d v1.Descriptor, raw []byte) error
+	// lookup returns the manifest that a name stands for before the commit; an
+	// error that wraps fs.ErrNotExist if there is none.
+	lookup(ctx context.Context, name string) ([]byte, error)
+	// finish makes the destination's name stand for a manifest that is there.
+	finish(ctx context.Context, d v1.Descriptor, raw []byte) error
+}
+
+// commitImages is Commit of a receiver.
+func commitImages(ctx context.Context, w receiver, images []PlatformImage) (string, error) {
+	x, err := putImages(ctx, w, images)
+	if err != nil {
+		return "", err
+	}
+	if err := w.finish(ctx, x.desc, x.raw); err != nil {
+		return "", fmt.Errorf("index %s: %w", x.desc.Digest, err)
+	}
+	return x.desc.Digest.String(), nil
+}
+
 // blob is what an imageWriter stores.
 type blob struct {
 	digest v1.Hash

@@ -108,6 +108,24 @@ func (x *layoutIndex) find(name string) (v1.Descriptor, error) {
 	return d, nil
 }
 
+// lookup returns the manifest with a name, if there is one.
+func (x *layoutIndex) lookup(name string) (v1.Descriptor, bool) {
+	d, err := x.find(name)
+	return d, err == nil && name != ""
+}
+
+// unnamed are the descriptors without a name, which may be referrers.
+func (x *layoutIndex) unnamed() []v1.Descriptor {
+	var out []v1.Descriptor
+	for _, m := range x.manifests {
+		var d v1.Descriptor
+		if n, err := refName(m); err == nil && n == "" && json.Unmarshal(m, &d) == nil {
+			out = append(out, d)
+		}
+	}
+	return out
+}
+
 // named is an entry of index.json that is to be.
 type named struct {
 	name string // "" for none
@@ -167,17 +185,9 @@ type layoutSource struct {
 	files []*os.File // opened for local, until Close
 }
 
-// resolved holds what resolve found.
-type resolved struct {
-	images  []Image
-	skipped []Skipped
-}
-
-func (r *resolved) Images() []Image    { return r.images }
-func (r *resolved) Skipped() []Skipped { return r.skipped }
-
-// resolve finds the images that name stands for in a layout with this index.
-func (r *resolved) resolve(ctx context.Context, c contents, index []byte, name string, want []v1.Platform) error {
+// resolveLayout finds the images that name stands for in a layout with this
+// index.
+func (r *resolved) resolveLayout(ctx context.Context, c contents, index []byte, name string, want []v1.Platform) error {
 	x, err := parseLayoutIndex(index)
 	if err != nil {
 		return err
@@ -186,8 +196,8 @@ func (r *resolved) resolve(ctx context.Context, c contents, index []byte, name s
 	if err != nil {
 		return err
 	}
-	r.images, r.skipped, err = resolve(ctx, c, d, want)
-	return err
+	r.beside = x
+	return r.resolve(ctx, c, d, want)
 }
 
 func openLayout(ctx context.Context, r Ref, o Options) (Source, error) {
@@ -201,7 +211,7 @@ func openLayout(ctx context.Context, r Ref, o Options) (Source, error) {
 		err = fmt.Errorf("%s is no OCI layout: it has no %s", r.Path, indexFile)
 	}
 	if err == nil {
-		err = s.resolve(ctx, s, raw, r.Name, o.Platforms)
+		err = s.resolveLayout(ctx, s, raw, r.Name, o.Platforms)
 	}
 	if err != nil {
 		s.Close()
@@ -273,9 +283,11 @@ type layoutDestination struct {
 	o        Options
 	lock     *os.File // of the directory
 	made     string   // the topmost directory that was created, "" if none was
-	mu       sync.Mutex
-	written  []string // blobs stored by this run
 	finished bool
+
+	mu      sync.Mutex // guards what follows
+	written []string   // blobs stored by this run
+	beside  []named    // further names that the commit enters
 }
 
 func openLayoutDestination(r Ref, o Options) (Destination, error) {
@@ -396,15 +408,42 @@ func (d *layoutDestination) put(ctx context.Context, b blob) (bool, error) {
 }
 
 func (d *layoutDestination) Commit(ctx context.Context, images []PlatformImage) (string, error) {
-	x, err := putImages(ctx, d, images)
+	return commitImages(ctx, d, images)
+}
+
+func (d *layoutDestination) hasManifest(context.Context, v1.Descriptor) (bool, error) {
+	return false, nil // put looks itself
+}
+
+func (d *layoutDestination) tag(_ context.Context, name string, m v1.Descriptor, _ []byte) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.beside = append(d.beside, named{name, m})
+	return nil
+}
+
+func (d *layoutDestination) lookup(_ context.Context, name string) ([]byte, error) {
+	raw, err := os.ReadFile(filepath.Join(d.dir, indexFile))
 	if err != nil {
-		return "", err
+		return nil, err
 	}
-	if err := d.commitIndex(d.o.names(d.name, x.desc)); err != nil {
-		return "", err
+	x, err := parseLayoutIndex(raw)
+	if err != nil {
+		return nil, err
+	}
+	m, ok := x.lookup(name)
+	if !ok {
+		return nil, fs.ErrNotExist
+	}
+	return os.ReadFile(filepath.Join(d.dir, blobPath(m.Digest)))
+}
+
+func (d *layoutDestination) finish(_ context.Context, m v1.Descriptor, _ []byte) error {
+	if err := d.commitIndex(append(d.beside, d.o.names(d.name, m)...)); err != nil {
+		return err
 	}
 	d.finished = true
-	return x.desc.Digest.String(), nil
+	return nil
 }
 
 // commitIndex enters the image in index.json.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -91,7 +92,7 @@ func (p *repository) explain(err error) error {
 	)
 	host := p.host()
 	switch {
-	case errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, fs.ErrNotExist):
 		return err
 	case errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden):
 		login := "docker login " + host
@@ -170,6 +171,7 @@ type registrySource struct {
 	resolved
 	*repository
 	puller *remote.Puller
+	client *uploader // for what the puller does not know
 	reader registrystore.Blobs
 	root   *remote.Descriptor
 }
@@ -189,7 +191,9 @@ func openRegistry(ctx context.Context, r Ref, o Options) (Source, error) {
 	if s.root, err = s.puller.Get(ctx, p.ref); err != nil {
 		return nil, p.explain(err)
 	}
-	if s.images, s.skipped, err = resolve(ctx, s, s.root.Descriptor, o.Platforms); err != nil {
+	s.client = newUploader(p, func(int64) {})
+	s.client.scopes = []string{p.ref.Context().Scope(transport.PullScope)}
+	if err := s.resolve(ctx, s, s.root.Descriptor, o.Platforms); err != nil {
 		return nil, err
 	}
 	return s, nil
@@ -359,20 +363,31 @@ func (d *registryDestination) putManifest(ctx context.Context, m v1.Descriptor, 
 }
 
 func (d *registryDestination) Commit(ctx context.Context, images []PlatformImage) (string, error) {
-	x, err := putImages(ctx, d, images)
-	if err != nil {
-		return "", err
-	}
-	tags := []string{d.ref.Identifier()}
+	return commitImages(ctx, d, images)
+}
+
+func (d *registryDestination) hasManifest(ctx context.Context, m v1.Descriptor) (bool, error) {
+	ok, err := d.up.has(ctx, "manifests/"+m.Digest.String())
+	return ok, d.explain(err)
+}
+
+func (d *registryDestination) tag(ctx context.Context, name string, m v1.Descriptor, raw []byte) error {
+	_, err := d.up.putManifest(ctx, name, m, raw)
+	return d.explain(err)
+}
+
+func (d *registryDestination) lookup(ctx context.Context, name string) ([]byte, error) {
+	raw, err := d.up.manifest(ctx, name)
+	return raw, d.explain(err)
+}
+
+func (d *registryDestination) finish(ctx context.Context, m v1.Descriptor, raw []byte) error {
 	if d.o.KeepTag {
-		tags = []string{KeepTag(x.desc.Digest), d.ref.Identifier()}
-	}
-	for _, tag := range tags {
-		if _, err := d.up.putManifest(ctx, tag, x.desc, x.raw); err != nil {
-			return "", fmt.Errorf("index %s: %w", x.desc.Digest, d.explain(err))
+		if err := d.tag(ctx, KeepTag(m.Digest), m, raw); err != nil {
+			return err
 		}
 	}
-	return x.desc.Digest.String(), nil
+	return d.tag(ctx, d.ref.Identifier(), m, raw)
 }
 
 func (d *registryDestination) Close() error {

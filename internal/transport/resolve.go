@@ -29,6 +29,37 @@ type contents interface {
 	local(d v1.Descriptor) io.ReaderAt
 }
 
+// resolved is what was found under a name, and where.
+type resolved struct {
+	from    contents
+	root    v1.Descriptor
+	beside  *layoutIndex // of a layout; nil in a registry
+	images  []Image
+	skipped []Skipped
+}
+
+func (r *resolved) Images() []Image     { return r.images }
+func (r *resolved) Skipped() []Skipped  { return r.skipped }
+func (r *resolved) Root() v1.Descriptor { return r.root }
+
+func (r *resolved) resolve(ctx context.Context, c contents, root v1.Descriptor, want []v1.Platform) (err error) {
+	r.from, r.root = c, root
+	r.images, r.skipped, err = resolve(ctx, c, root, want)
+	return err
+}
+
+func (r *resolved) Manifest(ctx context.Context, d v1.Descriptor) ([]byte, error) {
+	return readManifest(ctx, r.from, d)
+}
+
+func (r *resolved) Blob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
+	rc, err := r.from.blob(ctx, d)
+	if err != nil {
+		return nil, err
+	}
+	return verify(rc, d)
+}
+
 // resolver turns the manifest that a name stands for into images.
 type resolver struct {
 	contents contents
@@ -84,7 +115,7 @@ func (r *resolver) add(ctx context.Context, d v1.Descriptor, depth int) error {
 	if r.seen++; r.seen > maxManifests || depth > 3 {
 		return fmt.Errorf("the index holds more than %d manifests or nests deeper than 3", maxManifests)
 	}
-	raw, err := r.manifest(ctx, d)
+	raw, err := readManifest(ctx, r.contents, d)
 	if err != nil {
 		return err
 	}
@@ -247,12 +278,12 @@ func (r *resolver) layer(d v1.Descriptor, diffID v1.Hash) layer.Blob {
 	return b
 }
 
-// manifest reads a manifest and checks its bytes.
-func (r *resolver) manifest(ctx context.Context, d v1.Descriptor) ([]byte, error) {
+// readManifest reads a manifest and checks its bytes.
+func readManifest(ctx context.Context, c contents, d v1.Descriptor) ([]byte, error) {
 	if d.Size > maxManifest {
 		return nil, fmt.Errorf("manifest %s: its descriptor claims %d bytes, at most %d are read", d.Digest, d.Size, maxManifest)
 	}
-	raw, err := r.contents.manifest(ctx, d)
+	raw, err := c.manifest(ctx, d)
 	if err != nil {
 		return nil, fmt.Errorf("manifest %s: %w", d.Digest, err)
 	}

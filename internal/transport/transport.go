@@ -12,6 +12,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -69,6 +70,21 @@ type Source interface {
 	Blobs() (registrystore.Blobs, error)
 	// Close frees what the source holds. Layers cannot be read afterwards.
 	Close() error
+}
+
+// Stored is a source that keeps manifests and what they name under digests: a
+// registry or an OCI layout. What Docker saved does not.
+type Stored interface {
+	Source
+	// Root describes what the source's name stands for, an index or one image.
+	Root() v1.Descriptor
+	// Manifest reads a manifest whose bytes are those of its digest.
+	Manifest(ctx context.Context, d v1.Descriptor) ([]byte, error)
+	// Blob reads a blob, and ends with io.EOF only if its bytes were those of
+	// its digest.
+	Blob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error)
+	// attached lists what signs or describes a manifest.
+	attached(ctx context.Context, subject v1.Hash) ([]attachment, error)
 }
 
 // Image is one platform of a source.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
@@ -20,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/container-bootfs/bootfs/internal/httpio"
 )
@@ -39,7 +41,7 @@ const (
 	firstPause = 200 * time.Millisecond
 	maxPause   = 2 * time.Minute
 	// maxAnswer bounds what is read of an answer, in bytes.
-	maxAnswer = 64 << 10
+	maxAnswer = maxManifest
 )
 
 // uploader writes blobs and manifests to one repository. It goes on where a
@@ -370,12 +372,12 @@ func (u *uploader) at(path string) *url.URL {
 	return &url.URL{Scheme: u.repo.Scheme(), Host: u.repo.RegistryStr(), Path: "/v2/" + u.repo.RepositoryStr() + "/" + path}
 }
 
-// has reports whether the repository has a blob ("blobs") or manifest
-// ("manifests").
-func (u *uploader) has(ctx context.Context, kind string, d v1.Hash) (bool, error) {
-	to := u.at(kind + "/" + d.String())
+// has reports whether the repository has "blobs/DIGEST" or
+// "manifests/REFERENCE".
+func (u *uploader) has(ctx context.Context, path string) (bool, error) {
+	to := u.at(path)
 	header := http.Header{}
-	if kind == "manifests" {
+	if strings.HasPrefix(path, "manifests/") {
 		header["Accept"] = manifestTypes
 	}
 	p := patience{u: u}
@@ -445,7 +447,7 @@ func (u *uploader) put(ctx context.Context, b blob) (reused bool, err error) {
 }
 
 func (u *uploader) store(ctx context.Context, b blob) (reused bool, err error) {
-	if ok, err := u.has(ctx, "blobs", b.digest); err != nil || ok {
+	if ok, err := u.has(ctx, "blobs/"+b.digest.String()); err != nil || ok {
 		return ok, err
 	}
 	up := &upload{uploader: u, blob: b}
@@ -538,7 +540,7 @@ func (u *upload) begin(ctx context.Context) (done bool, err error) {
 func (u *upload) ask(ctx context.Context) (done bool, err error) {
 	if u.off == u.size || u.isWhole() {
 		// The answer to the last request may be what was lost.
-		if ok, err := u.has(ctx, "blobs", u.digest); err != nil || ok {
+		if ok, err := u.has(ctx, "blobs/"+u.digest.String()); err != nil || ok {
 			return ok, err
 		}
 	}
@@ -688,6 +690,36 @@ func checkStored(a *answer, want v1.Hash) error {
 	return nil
 }
 
+// get reads a small document; its error wraps fs.ErrNotExist where there is
+// none.
+func (u *uploader) get(ctx context.Context, to *url.URL, accept []string) (*answer, error) {
+	p := patience{u: u}
+	for {
+		a, err := u.do(ctx, http.MethodGet, to, http.Header{"Accept": accept}, nil)
+		if err == nil {
+			switch {
+			case a.StatusCode == http.StatusOK:
+				return a, nil
+			case a.StatusCode == http.StatusNotFound:
+				return nil, fs.ErrNotExist
+			}
+			err = a.err()
+		}
+		if err := p.wait(ctx, err); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// manifest reads the manifest that a tag or digest stands for, unverified.
+func (u *uploader) manifest(ctx context.Context, reference string) ([]byte, error) {
+	a, err := u.get(ctx, u.at("manifests/"+reference), manifestTypes)
+	if err != nil {
+		return nil, err
+	}
+	return []byte(a.text), nil
+}
+
 // putManifest stores a manifest under a tag or its digest. tracked reports
 // that the registry has entered it as a referrer of its subject.
 func (u *uploader) putManifest(ctx context.Context, reference string, d v1.Descriptor, raw []byte) (tracked bool, err error) {
@@ -708,4 +740,10 @@ func (u *uploader) putManifest(ctx context.Context, reference string, d v1.Descr
 			return false, err
 		}
 	}
+}
+
+// tracksReferrers reports whether the registry lists referrers by itself.
+func (u *uploader) tracksReferrers(ctx context.Context, subject v1.Hash) bool {
+	a, err := u.get(ctx, u.at("referrers/"+subject.String()), []string{string(types.OCIImageIndex)})
+	return err == nil && strings.HasPrefix(a.Header.Get("Content-Type"), string(types.OCIImageIndex))
 }

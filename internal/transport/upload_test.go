@@ -519,7 +519,7 @@ func TestUploadReal(t *testing.T) {
 	if reused, err := up.put(t.Context(), b); err != nil || reused {
 		t.Fatalf("%v, %v", reused, err)
 	}
-	if ok, err := up.has(t.Context(), "blobs", b.digest); err != nil || !ok {
+	if ok, err := up.has(t.Context(), "blobs/"+b.digest.String()); err != nil || !ok {
 		t.Errorf("the blob is not there: %v", err)
 	}
 	// Debian's registry forgets an upload of which a part of a piece arrived.

@@ -1,0 +1,446 @@
+package transport
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"slices"
+	"strings"
+	"sync/atomic"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/container-bootfs/bootfs/registrystore"
+)
+
+// Edition is what Copy writes in the place of, or beside, what its source has.
+// The zero value changes nothing.
+type Edition struct {
+	// Root is the index to write, nil for the source's.
+	Root []byte
+	// Own holds manifests and blobs that Root leads to and the source has not.
+	Own map[v1.Hash][]byte
+	// Packs lie elsewhere than the image; Data are the manifests that list
+	// them, which get a tag of their own: PacksTag.
+	Packs []registrystore.Pack
+	Data  []PlatformImage
+}
+
+// Copied is what Copy did.
+type Copied struct {
+	Digest    string   // of what the destination's name now stands for
+	Sent      int64    // bytes of blobs
+	Reused    int64    // bytes of blobs that the destination, or its registry, had
+	Signed    []string // digests of the signatures and the like that came along
+	Manifests int      // of the image
+}
+
+// Copy writes what src stands for to dst, byte for byte: digests stay, and so
+// do the signatures and other manifests that refer to it or to a manifest in
+// it. The name of the destination is set last.
+func Copy(ctx context.Context, src Source, dst Destination, e Edition) (*Copied, error) {
+	from, ok := src.(Stored)
+	to, ok2 := dst.(receiver)
+	if !ok || !ok2 {
+		return nil, errors.New("only a registry and OCI layouts keep an image as it is")
+	}
+	c := &copier{src: from, dst: to, own: e.Own}
+	if s, ok := src.(*registrySource); ok {
+		if d, ok := dst.(*registryDestination); ok {
+			c.from = d.sibling(s.address())
+		}
+	}
+	out := &Copied{}
+	root := from.Root()
+	if e.Root != nil {
+		var err error
+		if root, err = describe(e.Root, string(types.OCIImageIndex)); err != nil {
+			return nil, err
+		}
+		if c.own == nil {
+			c.own = map[v1.Hash][]byte{}
+		}
+		c.own[root.Digest] = e.Root
+	}
+	image, err := c.walk(ctx, root)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.putPacks(ctx, e.Packs); err != nil {
+		return nil, err
+	}
+	if err := c.put(ctx, image); err != nil {
+		return nil, err
+	}
+	if len(e.Data) > 0 {
+		if err := c.tagPacks(ctx, e.Data); err != nil {
+			return nil, err
+		}
+	}
+	var subjects []v1.Hash
+	for _, m := range image.manifests {
+		subjects = append(subjects, m.desc.Digest)
+	}
+	if out.Signed, err = c.putAttached(ctx, subjects); err != nil {
+		return nil, err
+	}
+	raw := image.manifests[len(image.manifests)-1].raw
+	if err := to.finish(ctx, root, raw); err != nil {
+		return nil, err
+	}
+	out.Digest, out.Sent, out.Reused, out.Manifests = root.Digest.String(), c.sent.Load(), c.reused.Load(), len(image.manifests)
+	return out, nil
+}
+
+// CopyAttached writes to dst what signs or describes manifests of src, under
+// the names by which it belongs to them, and returns the digests of it. dst may
+// still be open for its image.
+func CopyAttached(ctx context.Context, src Source, dst Destination, subjects []v1.Hash) ([]string, error) {
+	from, ok := src.(Stored)
+	if !ok {
+		return nil, nil
+	}
+	to, ok := dst.(receiver)
+	if !ok {
+		return nil, errors.New("the destination cannot hold them")
+	}
+	c := &copier{src: from, dst: to}
+	return c.putAttached(ctx, subjects)
+}
+
+// Attached returns the digests of what signs or describes manifests of src.
+func Attached(ctx context.Context, src Source, subjects []v1.Hash) ([]string, error) {
+	from, ok := src.(Stored)
+	if !ok {
+		return nil, nil
+	}
+	c := &copier{src: from}
+	all, err := c.findAttached(ctx, subjects)
+	var out []string
+	for _, s := range all {
+		for _, a := range s.list {
+			out = append(out, a.desc.Digest.String())
+		}
+	}
+	return out, err
+}
+
+// PacksTag is the tag that keeps packs which lie in another repository than
+// their image: it is named by the manifests that list them.
+func PacksTag(data []PlatformImage) (string, error) {
+	var all strings.Builder
+	for _, d := range data {
+		h, err := d.Boot.Digest()
+		if err != nil {
+			return "", err
+		}
+		all.WriteString(h.String())
+	}
+	h, _, err := v1.SHA256(strings.NewReader(all.String()))
+	return "packs-" + h.Hex[:min(len(h.Hex), 32)], err
+}
+
+// copier is one Copy.
+type copier struct {
+	src  Stored
+	dst  receiver
+	own  map[v1.Hash][]byte
+	from string // repository of the same registry that has the blobs, or ""
+
+	sent, reused atomic.Int64
+	seen         int // manifests, of all walks
+}
+
+// stored is a manifest as it is.
+type stored struct {
+	desc v1.Descriptor
+	raw  []byte
+}
+
+// graph is a manifest and all that it leads to.
+type graph struct {
+	manifests []stored // each behind those that it names
+	blobs     []v1.Descriptor
+	known     map[v1.Hash]bool // of both
+}
+
+// walk reads the manifests that root leads to.
+func (c *copier) walk(ctx context.Context, root v1.Descriptor) (*graph, error) {
+	g := &graph{known: make(map[v1.Hash]bool)}
+	return g, c.add(ctx, g, root, 0)
+}
+
+func (c *copier) add(ctx context.Context, g *graph, d v1.Descriptor, depth int) error {
+	if g.known[d.Digest] {
+		return nil
+	}
+	g.known[d.Digest] = true
+	if c.seen++; c.seen > maxManifests || depth > 3 {
+		return fmt.Errorf("there are more than %d manifests, or they nest deeper than 3", maxManifests)
+	}
+	raw, ok := c.own[d.Digest]
+	if !ok {
+		var err error
+		if raw, err = c.src.Manifest(ctx, d); err != nil {
+			return err
+		}
+	}
+	var m struct {
+		Manifests []v1.Descriptor `json:"manifests"`
+		Config    *v1.Descriptor  `json:"config"`
+		Layers    []v1.Descriptor `json:"layers"`
+	}
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return fmt.Errorf("manifest %s: %w", d.Digest, err)
+	}
+	for _, child := range m.Manifests {
+		if err := c.add(ctx, g, child, depth+1); err != nil {
+			return err
+		}
+	}
+	blobs := m.Layers
+	if m.Config != nil {
+		blobs = append(blobs, *m.Config)
+	}
+	for _, b := range blobs {
+		// Layers that must not be distributed are where their URLs say.
+		if g.known[b.Digest] || len(b.URLs) > 0 && !b.MediaType.IsDistributable() {
+			continue
+		}
+		g.known[b.Digest] = true
+		g.blobs = append(g.blobs, b)
+	}
+	g.manifests = append(g.manifests, stored{d, raw})
+	return nil
+}
+
+// put stores what a graph consists of at the destination.
+func (c *copier) put(ctx context.Context, g *graph) error {
+	jobs, inner := errgroup.WithContext(ctx)
+	jobs.SetLimit(remoteJobs)
+	for _, d := range g.blobs {
+		jobs.Go(func() error { return c.putBlob(inner, c.blob(d)) })
+	}
+	if err := jobs.Wait(); err != nil {
+		return err
+	}
+	for _, m := range g.manifests {
+		if err := c.putManifest(ctx, m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// blob is one of the source, or of the edition's own.
+func (c *copier) blob(d v1.Descriptor) blob {
+	if b, ok := c.own[d.Digest]; ok {
+		return bytesBlob(d.Digest, b)
+	}
+	b := blob{digest: d.Digest, size: d.Size, from: c.from}
+	b.open = func(ctx context.Context, off int64) (io.ReadCloser, error) {
+		if off == 0 {
+			return c.src.Blob(ctx, d)
+		}
+		// The registry checks the whole; what came before was checked by it
+		// as little.
+		return openFrom(ctx, c.src, d, off)
+	}
+	return b
+}
+
+// openFrom reads a blob from byte off on, unverified.
+func openFrom(ctx context.Context, s Stored, d v1.Descriptor, off int64) (io.ReadCloser, error) {
+	blobs, err := s.Blobs()
+	if err != nil {
+		return nil, err
+	}
+	r := &resumed{blobs: blobs, desc: d, off: off}
+	r.ctx, r.cancel = context.WithCancel(ctx)
+	return r, nil
+}
+
+func (c *copier) putBlob(ctx context.Context, b blob) error {
+	reused, err := c.dst.put(ctx, b)
+	if err != nil {
+		return fmt.Errorf("blob %s: %w", b.digest, err)
+	}
+	if reused {
+		c.reused.Add(b.size)
+	} else {
+		c.sent.Add(b.size)
+	}
+	return nil
+}
+
+func (c *copier) putManifest(ctx context.Context, m stored) error {
+	if ok, err := c.dst.hasManifest(ctx, m.desc); err != nil || ok {
+		return err
+	}
+	if err := c.dst.putManifest(ctx, m.desc, m.raw); err != nil {
+		return fmt.Errorf("manifest %s: %w", m.desc.Digest, err)
+	}
+	return nil
+}
+
+func (c *copier) putPacks(ctx context.Context, packs []registrystore.Pack) error {
+	jobs, inner := errgroup.WithContext(ctx)
+	jobs.SetLimit(remoteJobs)
+	for _, p := range packs {
+		jobs.Go(func() error {
+			reused, err := c.dst.PutPack(inner, p)
+			if err == nil {
+				if reused {
+					c.reused.Add(p.Size)
+				} else {
+					c.sent.Add(p.Size)
+				}
+			}
+			return err
+		})
+	}
+	return jobs.Wait()
+}
+
+// tagPacks keeps packs that no manifest of the image lists.
+func (c *copier) tagPacks(ctx context.Context, data []PlatformImage) error {
+	tag, err := PacksTag(data)
+	if err != nil {
+		return err
+	}
+	x, err := putImages(ctx, c.dst, data)
+	if err != nil {
+		return err
+	}
+	return c.dst.tag(ctx, tag, x.desc, x.raw)
+}
+
+// signed is a manifest with what is attached to it.
+type signed struct {
+	subject v1.Hash
+	list    []attachment
+	graphs  []*graph // of list
+}
+
+// findAttached reads what is attached to subjects, and to that, and so on.
+func (c *copier) findAttached(ctx context.Context, subjects []v1.Hash) ([]signed, error) {
+	var all []signed
+	done := make(map[v1.Hash]bool)
+	for depth := 0; len(subjects) > 0 && depth < 4; depth++ {
+		found := make([]signed, len(subjects))
+		jobs, inner := errgroup.WithContext(ctx)
+		jobs.SetLimit(remoteJobs)
+		for i, h := range subjects {
+			if done[h] {
+				continue
+			}
+			done[h] = true
+			jobs.Go(func() (err error) {
+				found[i].subject = h
+				found[i].list, err = c.src.attached(inner, h)
+				return err
+			})
+		}
+		if err := jobs.Wait(); err != nil {
+			return nil, fmt.Errorf("signatures: %w", err)
+		}
+		subjects = nil
+		for _, s := range found {
+			var kept []attachment
+			for _, a := range s.list {
+				g, err := c.walk(ctx, a.desc)
+				if err != nil {
+					return nil, fmt.Errorf("signatures of %s: %w", s.subject, err)
+				}
+				root := g.manifests[len(g.manifests)-1]
+				if a.tag == "" && subjectOf(root.raw) != s.subject {
+					continue // somebody's list says so, the manifest does not
+				}
+				kept = append(kept, a)
+				s.graphs = append(s.graphs, g)
+				subjects = append(subjects, a.desc.Digest)
+			}
+			if s.list = kept; len(kept) > 0 {
+				all = append(all, s)
+			}
+		}
+	}
+	return all, nil
+}
+
+// putAttached copies what is attached to subjects.
+func (c *copier) putAttached(ctx context.Context, subjects []v1.Hash) ([]string, error) {
+	all, err := c.findAttached(ctx, subjects)
+	if err != nil {
+		return nil, err
+	}
+	var out []string
+	for _, s := range all {
+		var referrers []v1.Descriptor
+		for i, a := range s.list {
+			if err := c.put(ctx, s.graphs[i]); err != nil {
+				return nil, fmt.Errorf("signatures of %s: %w", s.subject, err)
+			}
+			out = append(out, a.desc.Digest.String())
+			if a.tag == "" {
+				referrers = append(referrers, a.desc)
+				continue
+			}
+			m := s.graphs[i].manifests
+			if err := c.dst.tag(ctx, a.tag, a.desc, m[len(m)-1].raw); err != nil {
+				return nil, fmt.Errorf("tag %s: %w", a.tag, err)
+			}
+		}
+		if err := c.refer(ctx, s.subject, referrers); err != nil {
+			return nil, fmt.Errorf("referrers of %s: %w", s.subject, err)
+		}
+	}
+	return out, nil
+}
+
+// refer makes manifests that are there known as referrers of subject, where
+// the destination does not see to that itself: by the fallback tag, which keeps
+// those that it lists already.
+func (c *copier) refer(ctx context.Context, subject v1.Hash, referrers []v1.Descriptor) error {
+	if d, ok := c.dst.(*registryDestination); ok && (len(referrers) == 0 || d.up.tracksReferrers(ctx, subject)) || len(referrers) == 0 {
+		return nil
+	}
+	tag := subjectTag(subject)
+	old, err := c.dst.lookup(ctx, tag)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	list := v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+	if err == nil {
+		if err := json.Unmarshal(old, &list); err != nil {
+			return err
+		}
+	}
+	changed := false
+	for _, d := range referrers {
+		if !slices.ContainsFunc(list.Manifests, func(have v1.Descriptor) bool { return have.Digest == d.Digest }) {
+			list.Manifests = append(list.Manifests, d)
+			changed = true
+		}
+	}
+	if !changed {
+		return nil
+	}
+	raw, err := json.Marshal(list)
+	if err != nil {
+		return err
+	}
+	d, err := describe(raw, string(types.OCIImageIndex))
+	if err != nil {
+		return err
+	}
+	if err := c.dst.putManifest(ctx, d, raw); err != nil {
+		return err
+	}
+	return c.dst.tag(ctx, tag, d, raw)
+}
