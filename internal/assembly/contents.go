@@ -88,14 +88,13 @@ func newContents(found map[string][]byte) (*Contents, error) {
 	return c, nil
 }
 
+// plainLimit bounds the plain bytes of a layer.
+func plainLimit(l layer.Blob) int64 { return minPlain + maxExpansion*max(0, l.Size) }
+
 // readLayer adds the boot image's files that l holds to found, unless a layer
 // above had them.
 func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error {
-	limit := int64(minPlain)
-	if l.Size > 0 {
-		limit += maxExpansion * l.Size
-	}
-	plain, err := layer.OpenPlain(ctx, l, limit, nil)
+	plain, err := layer.OpenPlain(ctx, l, plainLimit(l), nil)
 	if err != nil {
 		return err
 	}

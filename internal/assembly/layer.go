@@ -68,6 +68,19 @@ func (l *imageLayer) descriptor() v1.Descriptor {
 // which go.mod holds fast where the standard library's changes with the
 // toolchain. Every engine reads gzip.
 func newLayer(files map[string]file) (*imageLayer, error) {
+	return packLayer(func(t *tar.Writer) error {
+		// Byte order puts a directory before what is in it.
+		for _, name := range slices.Sorted(maps.Keys(files)) {
+			if err := writeFile(t, name, files[name]); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+		}
+		return nil
+	})
+}
+
+// packLayer makes a layer of the entries that write adds.
+func packLayer(write func(*tar.Writer) error) (*imageLayer, error) {
 	var out bytes.Buffer
 	z, err := gzip.NewWriterLevel(&out, gzip.BestCompression)
 	if err != nil {
@@ -75,11 +88,8 @@ func newLayer(files map[string]file) (*imageLayer, error) {
 	}
 	plain := sha256.New()
 	t := tar.NewWriter(io.MultiWriter(z, plain))
-	// Byte order puts a directory before what is in it.
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		if err := writeFile(t, name, files[name]); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
-		}
+	if err := write(t); err != nil {
+		return nil, err
 	}
 	if err := t.Close(); err != nil {
 		return nil, err

@@ -202,19 +202,17 @@ func (p *chunkPlace) commit(ctx context.Context, images []transport.PlatformImag
 	if !p.own {
 		return nil
 	}
-	// The name follows the content, so that no other image's packs lose theirs.
-	var all strings.Builder
 	data := make([]transport.PlatformImage, len(images))
 	for i := range images {
-		h, err := images[i].Data.Digest()
-		if err != nil {
-			return err
-		}
-		all.WriteString(h.String())
 		data[i] = transport.PlatformImage{Platform: *registrystore.DataPlatform(), Boot: images[i].Data}
 		images[i].Data = nil
 	}
-	d, err := p.open(ctx, "packs-"+strings.TrimPrefix(digestOf([]byte(all.String())), "sha256:")[:32])
+	// The name follows the content, so that no other image's packs lose theirs.
+	tag, err := transport.PacksTag(data)
+	if err != nil {
+		return err
+	}
+	d, err := p.open(ctx, tag)
 	if err != nil {
 		return err
 	}

@@ -46,6 +46,9 @@ type Opened struct {
 	source transport.Source
 }
 
+// Source is where the images are.
+func (o *Opened) Source() transport.Source { return o.source }
+
 // Close ends the use of the images.
 func (o *Opened) Close() error { return o.source.Close() }
 

@@ -130,6 +130,30 @@ func Attached(ctx context.Context, src Source, subjects []v1.Hash) ([]string, er
 	return out, err
 }
 
+// Blobs returns the digests of the blobs that what src stands for leads to.
+func Blobs(ctx context.Context, src Stored) (map[string]bool, error) {
+	g, err := (&copier{src: src}).walk(ctx, src.Root())
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string]bool)
+	for _, b := range g.blobs {
+		out[b.Digest.String()] = true
+	}
+	return out, nil
+}
+
+// OpenBlob reads a blob to its end, over connections that break, and ends with
+// io.EOF only if its bytes were those of its digest.
+func OpenBlob(ctx context.Context, blobs registrystore.Blobs, digest string, size int64) (io.ReadCloser, error) {
+	h, err := v1.NewHash(digest)
+	if err != nil {
+		return nil, err
+	}
+	d := v1.Descriptor{Digest: h, Size: size}
+	return verify(newResumed(ctx, blobs, d, 0), d)
+}
+
 // PacksTag is the tag that keeps packs which lie in another repository than
 // their image: it is named by the manifests that list them.
 func PacksTag(data []PlatformImage) (string, error) {
@@ -260,9 +284,7 @@ func openFrom(ctx context.Context, s Stored, d v1.Descriptor, off int64) (io.Rea
 	if err != nil {
 		return nil, err
 	}
-	r := &resumed{blobs: blobs, desc: d, off: off}
-	r.ctx, r.cancel = context.WithCancel(ctx)
-	return r, nil
+	return newResumed(ctx, blobs, d, off), nil
 }
 
 func (c *copier) putBlob(ctx context.Context, b blob) error {

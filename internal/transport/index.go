@@ -81,6 +81,29 @@ func newIndex(images []PlatformImage) (*ociIndex, error) {
 	return &ociIndex{raw: raw, desc: v1.Descriptor{MediaType: types.OCIImageIndex, Size: n, Digest: h}}, nil
 }
 
+// ReplaceManifests returns an index with other manifests in the place of some,
+// also where annotations name them. Nothing else of it changes.
+func ReplaceManifests(index []byte, with map[v1.Hash]v1.Descriptor) ([]byte, error) {
+	var m ocispec.Index
+	if err := json.Unmarshal(index, &m); err != nil {
+		return nil, err
+	}
+	for i := range m.Manifests {
+		d := &m.Manifests[i]
+		for old, next := range with {
+			if string(d.Digest) == old.String() {
+				d.Digest, d.Size = digest.Digest(next.Digest.String()), next.Size
+			}
+			for k, v := range d.Annotations {
+				if v == old.String() {
+					d.Annotations[k] = next.Digest.String()
+				}
+			}
+		}
+	}
+	return json.Marshal(m)
+}
+
 func ociDescriptor(d *v1.Descriptor, p v1.Platform) ocispec.Descriptor {
 	return ocispec.Descriptor{
 		MediaType: string(d.MediaType), Digest: digest.Digest(d.Digest.String()), Size: d.Size,

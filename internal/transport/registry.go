@@ -225,9 +225,7 @@ func (s *registrySource) manifest(ctx context.Context, d v1.Descriptor) ([]byte,
 func (s *registrySource) local(v1.Descriptor) io.ReaderAt { return nil }
 
 func (s *registrySource) blob(ctx context.Context, d v1.Descriptor) (io.ReadCloser, error) {
-	r := &resumed{blobs: s.reader, desc: d}
-	r.ctx, r.cancel = context.WithCancel(ctx)
-	return r, nil
+	return newResumed(ctx, s.reader, d, 0), nil
 }
 
 // maxFailures is how often in a row a blob's transfer may fail without
@@ -245,6 +243,12 @@ type resumed struct {
 	mu  sync.Mutex    // guards what follows
 	off int64         // bytes read
 	rc  io.ReadCloser // nil: to be opened at off
+}
+
+func newResumed(ctx context.Context, blobs registrystore.Blobs, d v1.Descriptor, off int64) *resumed {
+	r := &resumed{blobs: blobs, desc: d, off: off}
+	r.ctx, r.cancel = context.WithCancel(ctx)
+	return r
 }
 
 func (r *resumed) Read(p []byte) (int, error) {
