@@ -20,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/internal/hosts"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
@@ -30,22 +31,25 @@ const maxSkip = MaxPack
 // RemoteOptions says how a registry is reached. The zero value fits a public
 // one.
 type RemoteOptions struct {
-	// Insecure allows plain HTTP to hosts other than the loopback ones, as
-	// "registry+http://" does.
+	// Hosts knows how servers are reached; nil knows what everybody knows.
+	Hosts *hosts.Hosts
+	// Insecure allows plain HTTP to hosts other than the loopback ones, or a
+	// certificate that cannot be verified, as "registry+http://" does.
 	Insecure bool
 	// Keychain finds credentials; nil is those that docker and podman use. It
 	// is asked when the registry asks, and again when what it gave is refused.
 	Keychain authn.Keychain
-	// Transport makes the connections; nil is one made for this Blobs.
+	// Transport makes the connections; nil is that of Hosts.
 	Transport http.RoundTripper
 	// Stall is how long a response may make no progress; 0 is 10 s.
 	Stall time.Duration
 }
 
-// remoteBlobs reads blobs of one repository.
+// remoteBlobs reads blobs of one repository from one server.
 type remoteBlobs struct {
-	repo     name.Repository
-	address  string
+	endpoint hosts.Endpoint
+	repo     name.Repository // under the name that credentials have
+	address  string          // for messages
 	keychain authn.Keychain
 	base     http.RoundTripper
 	hangUp   func() // closes connections that nobody uses
@@ -53,32 +57,87 @@ type remoteBlobs struct {
 
 	session atomic.Pointer[session]
 	login   chan struct{} // a lock around renewals, which a waiter can leave
-}
-
-// session is how the registry wants to be spoken to: by which scheme, and
-// with which credentials. Until the registry asks for some there are none.
-type session struct {
-	scheme    string
-	transport http.RoundTripper
+	signed  signedURLs
+	absent  absences    // of a mirror
+	whole   atomic.Bool // the server ignores ranges
 }
 
 // NewRemote reads blobs of the repository at address: "registry://host/repo",
 // or "registry+http://host/repo" where the registry speaks plain HTTP on
-// another host than the loopback. It does not connect yet.
+// another host than the loopback. It asks the registry itself, whatever
+// mirrors there are, and does not connect yet.
 func NewRemote(address string, o RemoteOptions) (Blobs, error) {
-	rest, ok := strings.CutPrefix(address, "registry://")
-	if !ok {
-		if rest, ok = strings.CutPrefix(address, "registry+http://"); !ok {
-			return nil, fmt.Errorf("store %q: want registry://host/repository", httpio.WithoutUser(address))
-		}
-		o.Insecure = true
-	}
-	repo, err := parseRepository(rest, o.Insecure)
+	host, repo, err := o.parse(address)
 	if err != nil {
 		return nil, fmt.Errorf("store %q: %w", httpio.WithoutUser(address), err)
 	}
+	e, err := o.Hosts.Origin(host)
+	if err != nil {
+		return nil, fmt.Errorf("store %s: %w", address, err)
+	}
+	return newRemoteBlobs(address, e, repo, o)
+}
+
+// NewRemotes is NewRemote for each server that is to be asked, in order: the
+// mirrors of the registry, and at last the registry itself.
+func NewRemotes(address string, o RemoteOptions) ([]Blobs, error) {
+	host, repo, err := o.parse(address)
+	if err != nil {
+		return nil, fmt.Errorf("store %q: %w", httpio.WithoutUser(address), err)
+	}
+	endpoints, err := o.Hosts.Registry(host)
+	if err != nil {
+		return nil, fmt.Errorf("store %s: %w", address, err)
+	}
+	var out []Blobs
+	for _, e := range endpoints {
+		called := address
+		if e.Namespace != "" {
+			called = fmt.Sprintf("%s://%s%s/%s as a mirror of %s", e.Scheme, e.Host, e.Path, repo, e.Namespace)
+		}
+		b, err := newRemoteBlobs(called, e, repo, o)
+		if err != nil {
+			return nil, fmt.Errorf("store %s: %w", called, err)
+		}
+		out = append(out, b)
+	}
+	return out, nil
+}
+
+// parse reads an address. It completes o.
+func (o *RemoteOptions) parse(address string) (host, repo string, err error) {
+	rest, ok := strings.CutPrefix(address, "registry://")
+	if !ok {
+		if rest, ok = strings.CutPrefix(address, "registry+http://"); !ok {
+			return "", "", errNoRepository
+		}
+		o.Insecure = true
+	}
+	r, err := parseRepository(rest)
+	if err != nil {
+		return "", "", err
+	}
+	if o.Hosts == nil {
+		o.Hosts = hosts.Everybody()
+	}
+	if o.Insecure {
+		o.Hosts = o.Hosts.With(r.RegistryStr())
+	}
+	return r.RegistryStr(), r.RepositoryStr(), nil
+}
+
+func newRemoteBlobs(address string, e hosts.Endpoint, repo string, o RemoteOptions) (*remoteBlobs, error) {
+	var opts []name.Option
+	if e.Plain {
+		opts = append(opts, name.Insecure)
+	}
+	reg, err := name.NewRegistry(hosts.Login(e.Host), opts...)
+	if err != nil {
+		return nil, err
+	}
 	r := &remoteBlobs{
-		repo:     repo,
+		endpoint: e,
+		repo:     reg.Repo(repo),
 		address:  address,
 		keychain: o.Keychain,
 		base:     o.Transport,
@@ -90,7 +149,7 @@ func NewRemote(address string, o RemoteOptions) (Blobs, error) {
 		r.keychain = authn.DefaultKeychain
 	}
 	if r.base == nil {
-		r.base = httpio.NewTransport(parallelRequests)
+		r.base = e.Transport
 	}
 	if t, ok := r.base.(interface{ CloseIdleConnections() }); ok {
 		r.hangUp = t.CloseIdleConnections
@@ -98,28 +157,24 @@ func NewRemote(address string, o RemoteOptions) (Blobs, error) {
 	if r.stall == 0 {
 		r.stall = httpio.Stall
 	}
-	scheme := "http"
-	if !o.Insecure && !httpio.IsLoopback(repo.RegistryStr()) {
-		scheme = "https"
+	if !e.Plain {
 		r.base = secure{r.base}
 	}
 	r.base = transport.NewUserAgent(r.base, "bootfs")
-	r.session.Store(&session{scheme: scheme, transport: r.base})
+	r.session.Store(&session{scheme: e.Scheme})
 	return r, nil
 }
 
+var errNoRepository = errors.New("want registry://host/repository")
+
 // parseRepository reads "host/repo". Any name is a host here, also one that
 // docker would take for a namespace.
-func parseRepository(s string, insecure bool) (name.Repository, error) {
+func parseRepository(s string) (name.Repository, error) {
 	host, repo, _ := strings.Cut(s, "/")
 	if host == "" || repo == "" || strings.Contains(s, "@") || path.Clean("/"+repo) != "/"+repo {
-		return name.Repository{}, errors.New("want registry://host/repository")
+		return name.Repository{}, errNoRepository
 	}
-	opts := []name.Option{name.StrictValidation}
-	if insecure {
-		opts = append(opts, name.Insecure)
-	}
-	reg, err := name.NewRegistry(host, opts...)
+	reg, err := name.NewRegistry(host, name.StrictValidation)
 	if err != nil {
 		return name.Repository{}, err
 	}
@@ -143,6 +198,10 @@ func (s secure) RoundTrip(req *http.Request) (*http.Response, error) {
 
 func (r *remoteBlobs) String() string { return r.address }
 
+// ReadsWhole reports whether the server has answered with a whole blob where a
+// range was asked for.
+func (r *remoteBlobs) ReadsWhole() bool { return r.whole.Load() }
+
 func (r *remoteBlobs) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
 	q := &request{remote: r, digest: digest, off: off, n: n}
 	if err := checkRange(digest, off, n); err != nil {
@@ -153,6 +212,9 @@ func (r *remoteBlobs) Range(ctx context.Context, digest string, off, n int64) (i
 	}
 	if n == 0 {
 		return http.NoBody, nil
+	}
+	if r.absent.has(digest) {
+		return nil, q.fail(errAbsent())
 	}
 	q.ctx, q.cancel = context.WithCancelCause(ctx)
 	q.watch = httpio.NewWatch(r.stall, q.cancel)
@@ -190,6 +252,9 @@ func (q *request) open() error {
 		resp.Body.Close()
 		return err
 	}
+	if q.away(resp) {
+		q.remote.signed.put(q.digest, resp.Request.URL)
+	}
 	q.watch.Stop()
 	q.body, q.left = resp.Body, q.n
 	for buf := make([]byte, min(skip, 64<<10)); skip > 0; {
@@ -205,93 +270,64 @@ func (q *request) open() error {
 	return nil
 }
 
-// send gets a response, after a new login where the registry wants one.
+// send gets a response: from where the registry has sent us to for this blob a
+// moment ago, else from the registry, after a new login where it wants one.
 func (q *request) send() (*http.Response, error) {
+	r := q.remote
+	if u, ok := r.signed.get(q.digest); ok {
+		resp, err := q.get(u, "")
+		if err == nil && (resp.StatusCode == http.StatusPartialContent || resp.StatusCode == http.StatusOK) {
+			r.signed.worked()
+			return resp, nil
+		}
+		r.signed.failed(q.digest)
+		if q.ctx.Err() != nil {
+			return resp, err
+		}
+		if err == nil {
+			resp.Body.Close()
+		}
+	}
 	for retried := false; ; retried = true {
-		s := q.remote.session.Load()
-		u := url.URL{Scheme: s.scheme, Host: q.remote.repo.RegistryStr(), Path: "/v2/" + q.remote.repo.RepositoryStr() + "/blobs/" + q.digest}
-		req, err := http.NewRequestWithContext(q.ctx, http.MethodGet, u.String(), nil)
+		s := r.session.Load()
+		u := url.URL{Scheme: s.scheme, Host: r.endpoint.Host, Path: r.endpoint.Path + "/" + r.repo.RepositoryStr() + "/blobs/" + q.digest}
+		if r.endpoint.Namespace != "" {
+			u.RawQuery = "ns=" + url.QueryEscape(r.endpoint.Namespace)
+		}
+		resp, err := q.get(u.String(), s.login)
 		if err != nil {
 			return nil, err
 		}
-		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.off, q.off+q.n-1))
-		req.Header.Set("Accept-Encoding", "identity")
-		client := http.Client{Transport: s.transport, CheckRedirect: httpio.CheckRedirect}
-		resp, err := client.Do(req)
-		if !retried && wantsLogin(s, resp, err, u.Host) {
-			if resp != nil {
-				resp.Body.Close()
-			}
-			if err := q.remote.renew(q.ctx, s); err != nil {
+		if !retried && r.wantsLogin(s, resp) {
+			resp.Body.Close()
+			if err := r.renew(q.ctx, s, resp); err != nil {
 				return nil, err
 			}
 			continue
 		}
-		return resp, err
+		return resp, nil
 	}
 }
 
-// wantsLogin tells an answer that a new session may change: one that asks for
-// credentials or refuses those it got, which some registries do with 403, and
-// the 400 of a TLS server that was spoken to in plain HTTP.
-func wantsLogin(s *session, resp *http.Response, err error, host string) bool {
-	if err != nil {
-		var refused *transport.Error
-		return errors.As(err, &refused) && (refused.StatusCode == http.StatusUnauthorized || refused.StatusCode == http.StatusForbidden)
-	}
-	if resp.Request.URL.Host != host {
-		return false
-	}
-	switch resp.StatusCode {
-	case http.StatusUnauthorized, http.StatusForbidden:
-		return true
-	case http.StatusBadRequest:
-		return s.scheme == "http"
-	}
-	return false
-}
-
-// renew replaces session old by a new one, unless another request has done so
-// already: when a token expires, all running requests come here.
-func (r *remoteBlobs) renew(ctx context.Context, old *session) error {
-	select {
-	case r.login <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if r.session.Load() != old {
-		<-r.login
-		return nil
-	}
-	// A credential helper does not know of ctx: it is left to finish alone.
-	done := make(chan error, 1)
-	go func() {
-		defer func() { <-r.login }()
-		s, err := r.handshake(ctx)
-		if err == nil {
-			r.session.Store(s)
-		}
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (r *remoteBlobs) handshake(ctx context.Context) (*session, error) {
-	auth, err := authn.Resolve(ctx, r.keychain, r.repo)
-	if err != nil {
-		return nil, fmt.Errorf("credentials for %s: %w", r.repo.RegistryStr(), err)
-	}
-	t, err := transport.NewWithContext(ctx, r.repo.Registry, auth, r.base, []string{r.repo.Scope(transport.PullScope)})
+// get sends one request for the range, following redirects. The login goes to
+// the endpoint only.
+func (q *request) get(address, login string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(q.ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return nil, err
 	}
-	// The handshake has found the scheme, and t sets it.
-	return &session{scheme: "https", transport: t}, nil
+	req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.off, q.off+q.n-1))
+	req.Header.Set("Accept-Encoding", "identity")
+	client := http.Client{
+		Transport:     httpio.Authorized{Inner: q.remote.base, Origin: httpio.OriginOf(req.URL), Login: login},
+		CheckRedirect: httpio.CheckRedirect,
+	}
+	return client.Do(req)
+}
+
+// away reports whether resp came from where the registry redirected to.
+func (q *request) away(resp *http.Response) bool {
+	return resp.Request.URL.Host != q.remote.endpoint.Host
 }
 
 // check verifies that resp brings the range and returns how many bytes stand
@@ -316,6 +352,7 @@ func (q *request) check(resp *http.Response) (skip int64, err error) {
 		if resp.ContentLength >= 0 && resp.ContentLength != q.n {
 			return 0, hiccup("got %d bytes for a range of %d", resp.ContentLength, q.n)
 		}
+		q.remote.whole.Store(false)
 		return 0, nil
 	case http.StatusOK:
 		// Some registries do not know ranges; a login page of the network
@@ -325,6 +362,9 @@ func (q *request) check(resp *http.Response) (skip int64, err error) {
 		}
 		if resp.ContentLength >= 0 && resp.ContentLength < q.off+q.n {
 			return 0, hiccup("got a blob of %d bytes, want bytes %d-%d of it", resp.ContentLength, q.off, q.off+q.n-1)
+		}
+		if q.off > 0 || resp.ContentLength > q.n {
+			q.remote.whole.Store(true)
 		}
 		if q.off > maxSkip {
 			return 0, &httpio.Error{Status: http.StatusOK, Err: fmt.Errorf("the registry ignores ranges, and byte %d is too far into the blob to read up to it", q.off)}
@@ -336,10 +376,14 @@ func (q *request) check(resp *http.Response) (skip int64, err error) {
 
 // statusError tells what a status other than success means.
 func (q *request) statusError(resp *http.Response) error {
-	away := resp.Request.URL.Host != q.remote.repo.RegistryStr()
+	away := q.away(resp)
 	e := httpio.Refusal(resp, away)
 	switch resp.StatusCode {
 	case http.StatusNotFound:
+		if q.remote.endpoint.Namespace != "" {
+			q.remote.absent.add(q.digest)
+			return e.Hint("%w: the mirror does not have this blob", chunkstore.ErrNotFound)
+		}
 		return e.Hint("%w: the registry does not have this blob; it may have been deleted with the tag of its image", chunkstore.ErrNotFound)
 	case http.StatusRequestedRangeNotSatisfiable:
 		return e.Hint("the blob ends before byte %d", q.off+q.n)
@@ -419,6 +463,7 @@ func (q *request) Close() error {
 
 // fail makes an *Error of err.
 func (q *request) fail(err error) error {
+	q.remote.signed.forget(q.digest)
 	e := &httpio.Error{Err: err} // of what was asked for, before there was a request
 	if q.ctx != nil {
 		if context.Cause(q.ctx) == httpio.ErrStalled {
@@ -430,7 +475,7 @@ func (q *request) fail(err error) error {
 			err = &httpio.Error{
 				Status:    login.StatusCode,
 				Temporary: login.Temporary(),
-				Err:       fmt.Errorf("login at %s: %s", q.remote.repo.RegistryStr(), oneLine(login.Error())),
+				Err:       fmt.Errorf("login at %s: %s", q.remote.endpoint.Host, oneLine(login.Error())),
 			}
 		}
 		e = httpio.Judge(q.ctx, q.watch, err, "registry+http://…")

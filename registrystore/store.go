@@ -145,7 +145,8 @@ type wanted struct {
 }
 
 // GetBatch implements chunkstore.Batcher. Neighbours in a pack come with one
-// request, and a chunk is yielded as soon as it has arrived.
+// request, and a chunk is yielded as soon as it has arrived. That one pack is
+// not there does not keep the chunks of the others.
 func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, frame []byte) error) error {
 	var list []wanted
 	for i, id := range ids {
@@ -160,37 +161,59 @@ func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, 
 		}
 	}
 	// yield is called by one request at a time.
-	var mu sync.Mutex
+	var (
+		mu      sync.Mutex
+		aborted bool  // yield has returned an error
+		missing error // of packs that are not there
+	)
 	one := func(i int, frame []byte) error {
 		mu.Lock()
 		defer mu.Unlock()
-		return yield(i, frame)
+		err := yield(i, frame)
+		aborted = aborted || err != nil
+		return err
 	}
 	g, running := errgroup.WithContext(ctx)
 	g.SetLimit(batchRequests)
-	for _, run := range coalesce(list) {
+	for _, run := range coalesce(list, s.readsWhole()) {
 		if running.Err() != nil {
 			break
 		}
-		g.Go(func() error { return s.getRun(running, run, one) })
+		g.Go(func() error {
+			err := s.getRun(running, run, one)
+			mu.Lock()
+			defer mu.Unlock()
+			if errors.Is(err, chunkstore.ErrNotFound) && !aborted {
+				missing = err
+				return nil
+			}
+			return err
+		})
 	}
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	return ctx.Err()
+	return cmp.Or(ctx.Err(), missing)
 }
 
-// coalesce sorts list by place and splits it into runs, one for each request.
-// Places that overlap, which an honest writer does not make, are not joined
-// unless they are the same.
-func coalesce(list []wanted) [][]wanted {
+// readsWhole reports whether a request costs the whole blob up to the range's
+// end: then the fewer requests the better.
+func (s *Store) readsWhole() bool {
+	b, ok := s.blobs.(interface{ ReadsWhole() bool })
+	return ok && b.ReadsWhole()
+}
+
+// coalesce sorts list by place and splits it into runs, one for each request;
+// or, with whole, for each pack. Places that overlap, which an honest writer
+// does not make, are not joined unless they are the same.
+func coalesce(list []wanted, whole bool) [][]wanted {
 	slices.SortFunc(list, func(a, b wanted) int {
 		return cmp.Or(cmp.Compare(a.at.Pack, b.at.Pack), cmp.Compare(a.at.Offset, b.at.Offset), cmp.Compare(a.at.Length, b.at.Length))
 	})
 	var runs [][]wanted
 	from := 0
 	for i := 1; i <= len(list); i++ {
-		if i < len(list) && joins(list[from].at, list[i-1].at, list[i].at) {
+		if i < len(list) && joins(list[from].at, list[i-1].at, list[i].at, whole) {
 			continue
 		}
 		runs = append(runs, list[from:i])
@@ -200,13 +223,13 @@ func coalesce(list []wanted) [][]wanted {
 }
 
 // joins tells whether next goes into the run from first to last.
-func joins(first, last, next Location) bool {
+func joins(first, last, next Location, whole bool) bool {
 	if next == last {
 		return true
 	}
 	end := last.Offset + int64(last.Length)
-	return next.Pack == last.Pack && next.Offset >= end && next.Offset-end <= maxGap &&
-		next.Offset+int64(next.Length)-first.Offset <= maxSpan
+	return next.Pack == last.Pack && next.Offset >= end &&
+		(whole || next.Offset-end <= maxGap && next.Offset+int64(next.Length)-first.Offset <= maxSpan)
 }
 
 // getRun reads a run with one request.

@@ -95,7 +95,7 @@ func TestCoalesce(t *testing.T) {
 			list = append(list, wanted{i: i, at: l})
 		}
 		var got [][]Location
-		for _, run := range coalesce(list) {
+		for _, run := range coalesce(list, false) {
 			var ls []Location
 			for _, w := range run {
 				ls = append(ls, w.at)

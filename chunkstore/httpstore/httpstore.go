@@ -108,7 +108,7 @@ func New(address string, o Options) (*Store, error) {
 	}
 	s := &Store{
 		base:      u.Scheme + "://" + u.Host + strings.TrimRight(u.EscapedPath(), "/"),
-		origin:    originOf(u),
+		origin:    httpio.OriginOf(u),
 		ask:       o.Login,
 		transport: o.Transport,
 		hangUp:    func() {},
@@ -134,16 +134,6 @@ func New(address string, o Options) (*Store, error) {
 		s.stall = httpio.Stall
 	}
 	return s, nil
-}
-
-// originOf returns scheme, host and port of u in the one form that can be
-// compared.
-func originOf(u *url.URL) string {
-	port := u.Port()
-	if port == "" {
-		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
-	}
-	return u.Scheme + "://" + strings.ToLower(u.Hostname()) + ":" + port
 }
 
 // String returns the address, without credentials.

@@ -10,7 +10,6 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"runtime"
 	"slices"
@@ -120,40 +119,6 @@ func FuzzNew(f *testing.F) {
 			}
 		}
 	})
-}
-
-func TestOrigin(t *testing.T) {
-	for a, b := range map[string]string{
-		"http://h/a":      "http://H:80/b",
-		"https://h":       "https://h:443",
-		"https://u:p@h/x": "https://h/",
-	} {
-		if !sameOrigin(t, a, b) {
-			t.Errorf("%s and %s: got two origins", a, b)
-		}
-	}
-	for a, b := range map[string]string{
-		"http://h":     "https://h",
-		"https://h":    "https://h:444",
-		"https://h.io": "https://a.h.io",
-		"https://a.h":  "https://h",
-	} {
-		if sameOrigin(t, a, b) {
-			t.Errorf("%s and %s: got one origin", a, b)
-		}
-	}
-}
-
-func sameOrigin(t *testing.T, a, b string) bool {
-	u, err := url.Parse(a)
-	if err != nil {
-		t.Fatal(err)
-	}
-	v, err := url.Parse(b)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return originOf(u) == originOf(v)
 }
 
 // quick is the stall time of tests that wait for it: short, but not so short

@@ -98,7 +98,7 @@ func (q *request) send(method, address string, body []byte, header ...string) (*
 			req.GetBody = func() (io.ReadCloser, error) { return upload{bytes.NewReader(body), q.watch}, nil }
 			req.Body, _ = req.GetBody()
 		}
-		client := http.Client{Transport: authorized{q.store.transport, q.store.origin, *login}, CheckRedirect: httpio.CheckRedirect}
+		client := http.Client{Transport: httpio.Authorized{Inner: q.store.transport, Origin: q.store.origin, Login: *login}, CheckRedirect: httpio.CheckRedirect}
 		resp, err := client.Do(req)
 		q.watch.Stop()
 		if err != nil {
@@ -137,22 +137,6 @@ func (u upload) Read(p []byte) (int, error) {
 func (u upload) WriteTo(w io.Writer) (int64, error) { return io.Copy(w, struct{ io.Reader }{u}) }
 
 func (u upload) Close() error { return nil }
-
-// authorized shows the login to its origin only. A client follows redirects
-// through it, so this holds for every request of a chain.
-type authorized struct {
-	inner         http.RoundTripper
-	origin, login string
-}
-
-func (a authorized) RoundTrip(req *http.Request) (*http.Response, error) {
-	req = req.Clone(req.Context())
-	req.Header.Del("Authorization") // what a redirect brings in its URL
-	if a.login != "" && originOf(req.URL) == a.origin {
-		req.Header.Set("Authorization", a.login)
-	}
-	return a.inner.RoundTrip(req)
-}
 
 // currentLogin returns the Authorization header to be used.
 func (s *Store) currentLogin(ctx context.Context) (*string, error) {
@@ -209,7 +193,7 @@ func (q *request) leave(resp *http.Response) {
 
 // away reports whether a response came from where the server redirected to.
 func (q *request) away(resp *http.Response) bool {
-	return originOf(resp.Request.URL) != q.store.origin
+	return httpio.OriginOf(resp.Request.URL) != q.store.origin
 }
 
 // statusError tells what a status other than success means, and what to do.

@@ -21,6 +21,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/internal/convert"
+	"github.com/container-bootfs/bootfs/internal/hosts"
 	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/internal/transport"
 )
@@ -35,6 +36,7 @@ type stdio struct {
 const (
 	envBareTransport = "BOOTFS_BARE_TRANSPORT" // transport of a name that has none
 	envStore         = "BOOTFS_STORE"          // --store, where the destination cannot hold chunks
+	envMirrors       = "BOOTFS_MIRRORS"        // boot knows it too
 	envBlobStore     = "BLOB_STORE"            // --store of the commands that read; boot knows it too
 	envSSHPassword   = "DROPBEAR_PASSWORD"     // for ssh:// and sftp://, as container-bootfs named it; boot knows it too
 )
@@ -70,8 +72,11 @@ type common struct {
 	platforms []string
 	tempDir   string
 	insecure  []string
+	certsDir  string
 	quiet     bool
 	json      bool
+
+	hosts *hosts.Hosts // how registries and web servers are reached, by the flags
 }
 
 var rootLong = `Convert a container image into one that starts before it is downloaded.
@@ -117,11 +122,13 @@ func newRoot(s stdio) *cobra.Command {
 		SuggestionsMinimumDistance: 2,
 		CompletionOptions:          cobra.CompletionOptions{HiddenDefaultCmd: true},
 	}
+	root.PersistentPreRunE = func(*cobra.Command, []string) error { return c.openHosts() }
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usagef("%w", err) })
 	p := root.PersistentFlags()
 	p.StringSliceVar(&c.platforms, "platform", nil, "only this platform, `OS/ARCH[/VARIANT]`; may be repeated")
 	p.StringVar(&c.tempDir, "tmp-dir", "", "`DIR` for temporary files (default $TMPDIR or /tmp)")
 	p.StringSliceVar(&c.insecure, "insecure", nil, "`HOST[:PORT]` of a registry without TLS or without a valid certificate; may be repeated")
+	p.StringVar(&c.certsDir, "certs-d", "", "`DIR` with HOST/hosts.toml or HOST/ca.crt, as containerd and docker have it; *.crt in it holds for all hosts")
 	p.BoolVarP(&c.quiet, "quiet", "q", false, "no progress, only warnings and errors")
 	p.BoolVar(&c.json, "json", false, "write the result as JSON")
 	f.register(root)
@@ -133,6 +140,8 @@ const envHelp = `Environment:
   BOOTFS_BARE_TRANSPORT  transport of a NAME without one: docker (default) or docker-daemon
   BOOTFS_STORE           --store of make, and for destinations that cannot hold chunks
   BLOB_STORE             --store for commands that read, separated by blanks
+  BOOTFS_MIRRORS         mirrors of registries to read chunks from first: URL, or HOST=URL for one
+                         registry, separated by blanks
   DROPBEAR_PASSWORD      password for ssh:// and sftp://, where no key is accepted
 `
 
@@ -173,7 +182,7 @@ func (c *common) ref(s string) (transport.Ref, error) {
 
 // transportOptions are what the flags say about reaching images.
 func (c *common) transportOptions() (transport.Options, error) {
-	o := transport.Options{TempDir: c.tempDir, Insecure: c.insecure}
+	o := transport.Options{TempDir: c.tempDir, Hosts: c.hosts}
 	if c.tempDir != "" {
 		if err := isDir(c.tempDir); err != nil {
 			return o, usagef("--tmp-dir %s: %w", c.tempDir, err)
@@ -247,7 +256,7 @@ func checkStore(address string) error {
 
 // access is who we are to stores.
 func (c *common) access() stores.Access {
-	a := stores.Access{SSH: sshstore.UserOptions(), S3: s3store.Options{Sources: s3store.Sources{Getenv: c.getenv}}}
+	a := stores.Access{SSH: sshstore.UserOptions(), Hosts: c.hosts, S3: s3store.Options{Sources: s3store.Sources{Getenv: c.getenv}}}
 	a.SSH.Password = c.getenv(envSSHPassword)
 	return a
 }

@@ -19,7 +19,7 @@ const module = "github.com/container-bootfs/bootfs"
 // it, and packages of one level without one another.
 var levels = [][]string{
 	{"chunker", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/httpio", "internal/scratch"},
-	{"index", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
+	{"index", "internal/hosts", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
 	{"chunkstore", "internal/convcache", "internal/rootimage", "internal/lazy", "mount"},
 	{"chunkstore/httpstore", "chunkstore/local", "chunkstore/s3store", "chunkstore/sshstore", "registrystore"},
 	{"internal/stores", "internal/transport"},

@@ -2,7 +2,6 @@ package boot
 
 import (
 	"context"
-	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -14,7 +13,6 @@ import (
 	"time"
 
 	"github.com/moby/sys/mountinfo"
-	"golang.org/x/crypto/x509roots/fallback/bundle"
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
@@ -138,27 +136,28 @@ func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 		return nil, err
 	}
 	ssh.HostKeys = c.config.HostKeys
+	reach, err := openHosts(s)
+	if err != nil {
+		return nil, err
+	}
 	source := stores.Source{
 		Index:    c.index,
 		Locators: c.locators,
-		Access:   stores.Access{Keychain: secrets, SSH: ssh},
+		Access:   stores.Access{Keychain: secrets, SSH: ssh, Hosts: reach},
 	}
 	if slices.ContainsFunc(addresses, s3store.Is) {
 		source.S3 = secrets.s3(s)
 		c.s3Variables = len(secrets.find(s3Credentials)) == 0
 	}
-	if slices.ContainsFunc(addresses, stores.Remote) {
-		trustEmbeddedRoots()
-	}
 	var list []chunkstore.Store
 	var faults []error
 	for _, address := range addresses {
-		s, err := stores.Open(address, source)
+		found, err := stores.OpenAll(address, source)
 		if err != nil {
 			faults = append(faults, err)
 			continue
 		}
-		list = append(list, s)
+		list = append(list, found...)
 	}
 	// One address that leads nowhere is no reason to refuse the others.
 	if len(list) == 0 {
@@ -169,25 +168,6 @@ func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 		c.log.Warn(err.Error())
 	}
 	return list, nil
-}
-
-// trustEmbeddedRoots makes TLS work in a boot image, which has no certificates
-// of its own. Those of the root image must not be used: reading them would wait
-// for the connection that they are to verify.
-func trustEmbeddedRoots() {
-	pool := x509.NewCertPool()
-	for root := range bundle.Roots() {
-		cert, err := x509.ParseCertificate(root.Certificate)
-		if err != nil {
-			continue
-		}
-		if root.Constraint == nil {
-			pool.AddCert(cert)
-		} else {
-			pool.AddCertWithConstraint(cert, root.Constraint)
-		}
-	}
-	x509.SetFallbackRoots(pool)
 }
 
 // openCache opens the node cache where one is mounted, else a bounded cache of

@@ -20,6 +20,8 @@ const (
 // settings are what the container's environment asks of boot.
 type settings struct {
 	stores       []string // BLOB_STORE: tried before the image's own
+	mirrors      string   // BOOTFS_MIRRORS: asked before the registries that they stand for
+	insecure     []string // BOOTFS_INSECURE: hosts without TLS or a valid certificate
 	prefetch     prefetchMode
 	keepSysAdmin bool   // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
 	sshPassword  string // DROPBEAR_PASSWORD, as container-bootfs named it
@@ -35,6 +37,10 @@ func readSettings(env []string) (*settings, error) {
 		switch name {
 		case "BLOB_STORE":
 			s.stores = stores.Split(value)
+		case "BOOTFS_MIRRORS":
+			s.mirrors = value
+		case "BOOTFS_INSECURE":
+			s.insecure = words(value)
 		case "BOOTFS_PREFETCH":
 			modes := map[string]prefetchMode{"": prefetchAuto, "none": prefetchNone, "start": prefetchStart, "all": prefetchAll}
 			mode, ok := modes[value]

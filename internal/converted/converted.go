@@ -133,20 +133,23 @@ func (i *Image) Stores() ([]chunkstore.Store, error) {
 			return
 		}
 		seen = append(seen, address)
-		s, err := stores.Open(address, from)
+		list, err := stores.OpenAll(address, from)
 		if err != nil {
 			errs = append(errs, err)
 			return
 		}
-		out = append(out, s)
+		out = append(out, list...)
 	}
 	for _, a := range i.options.Stores {
 		add(a)
 	}
 	others := !i.options.Only || len(i.options.Stores) == 0
-	if others && i.beside != nil && i.Locators != nil {
+	switch address := i.source.StoreAddress(); {
+	case !others || i.Locators == nil:
+	case address != "":
+		add(address)
+	case i.beside != nil:
 		out = append(out, registrystore.NewStore(i.beside, i.Locators, i.Index))
-		seen = append(seen, i.source.StoreAddress())
 	}
 	if others {
 		for _, a := range i.Config.Stores {

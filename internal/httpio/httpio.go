@@ -24,6 +24,8 @@ const (
 	// MinProgress is what a response must bring within that time to count as
 	// alive, in bytes.
 	MinProgress = 16 << 10
+	// KeepAlive is how often a silent connection is probed.
+	KeepAlive = 15 * time.Second
 
 	maxRedirects = 10
 )
@@ -42,9 +44,11 @@ var (
 func NewTransport(idle int) *http.Transport {
 	return &http.Transport{
 		Proxy:                 http.ProxyFromEnvironment,
-		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+		DialContext:           (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: KeepAlive}).DialContext,
 		TLSHandshakeTimeout:   10 * time.Second,
 		ExpectContinueTimeout: time.Second,
+		// A registry may take its time after an upload; reads have a Watch.
+		ResponseHeaderTimeout: 2 * time.Minute,
 		MaxIdleConnsPerHost:   idle,
 		IdleConnTimeout:       30 * time.Second,
 		DisableCompression:    true,
@@ -70,6 +74,34 @@ func CheckRedirect(req *http.Request, via []*http.Request) error {
 		return fmt.Errorf("%w: name the store as it is called there: %s", ErrRedirectedWrite, to.String())
 	}
 	return nil
+}
+
+// OriginOf returns scheme, host and port of u in the one form that can be
+// compared.
+func OriginOf(u *url.URL) string {
+	port := u.Port()
+	if port == "" {
+		port = map[string]string{"http": "80", "https": "443"}[u.Scheme]
+	}
+	return u.Scheme + "://" + strings.ToLower(u.Hostname()) + ":" + port
+}
+
+// Authorized shows a login to its origin only. A client follows redirects
+// through it, so this holds for every request of a chain.
+type Authorized struct {
+	Inner  http.RoundTripper
+	Origin string // OriginOf
+	Login  string // Authorization header, "" for none
+}
+
+// RoundTrip implements http.RoundTripper.
+func (a Authorized) RoundTrip(req *http.Request) (*http.Response, error) {
+	req = req.Clone(req.Context())
+	req.Header.Del("Authorization") // what a redirect brings in its URL
+	if a.Login != "" && OriginOf(req.URL) == a.Origin {
+		req.Header.Set("Authorization", a.Login)
+	}
+	return a.Inner.RoundTrip(req)
 }
 
 // RetryAfter reads a Retry-After header: seconds or a date. 0 is none.

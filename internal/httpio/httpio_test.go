@@ -5,6 +5,7 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"net/url"
 	"slices"
 	"testing"
 	"time"
@@ -38,6 +39,40 @@ func TestIsLoopback(t *testing.T) {
 			t.Errorf("%q: got %v, want %v", host, got, want)
 		}
 	}
+}
+
+func TestOrigin(t *testing.T) {
+	for a, b := range map[string]string{
+		"http://h/a":      "http://H:80/b",
+		"https://h":       "https://h:443",
+		"https://u:p@h/x": "https://h/",
+	} {
+		if !sameOrigin(t, a, b) {
+			t.Errorf("%s and %s: got two origins", a, b)
+		}
+	}
+	for a, b := range map[string]string{
+		"http://h":     "https://h",
+		"https://h":    "https://h:444",
+		"https://h.io": "https://a.h.io",
+		"https://a.h":  "https://h",
+	} {
+		if sameOrigin(t, a, b) {
+			t.Errorf("%s and %s: got one origin", a, b)
+		}
+	}
+}
+
+func sameOrigin(t *testing.T, a, b string) bool {
+	u, err := url.Parse(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := url.Parse(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return OriginOf(u) == OriginOf(v)
 }
 
 func TestCheckRedirect(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/hosts"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -36,6 +37,7 @@ type Access struct {
 	Keychain authn.Keychain // of registries and web servers; nil: docker's and podman's
 	SSH      sshstore.Options
 	S3       s3store.Options
+	Hosts    *hosts.Hosts // how registries and web servers are reached; nil: as everybody reaches them
 }
 
 // kind is a form of address, and what lies there.
@@ -136,6 +138,26 @@ func Open(address string, s Source) (chunkstore.Store, error) {
 	return k.open(address, s)
 }
 
+// OpenAll returns the stores to ask for what lies at address, in order: a
+// registry's mirrors, and last the place itself.
+func OpenAll(address string, s Source) ([]chunkstore.Store, error) {
+	if !strings.HasPrefix(address, "registry") {
+		one, err := Open(address, s)
+		return []chunkstore.Store{one}, err
+	}
+	blobs, err := registrystore.NewRemotes(address, s.remote())
+	if err != nil {
+		return nil, err
+	}
+	out := make([]chunkstore.Store, len(blobs))
+	for i, b := range blobs {
+		if out[i], err = s.packs(address, b); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
 // Create returns the store of single chunks at address, to be written to, as
 // [Open] does. A directory is made, and may be a relative path.
 func Create(address string, a Access) (chunkstore.Writer, error) {
@@ -182,6 +204,17 @@ func Packs(address string, a Access) (registrystore.Blobs, error) {
 	return registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: a.Keychain})
 }
 
+func (a Access) hosts() *hosts.Hosts {
+	if a.Hosts == nil {
+		return hosts.Everybody()
+	}
+	return a.Hosts
+}
+
+func (a Access) remote() registrystore.RemoteOptions {
+	return registrystore.RemoteOptions{Hosts: a.Hosts, Keychain: a.Keychain}
+}
+
 func openLayout(address string, s Source) (chunkstore.Store, error) {
 	return s.packs(address, registrystore.NewLayoutBlobs(strings.TrimPrefix(address, "oci:")))
 }
@@ -194,7 +227,7 @@ func (s Source) packs(address string, b registrystore.Blobs) (chunkstore.Store, 
 }
 
 func openWeb(address string, s Source) (chunkstore.Store, error) {
-	return httpstore.New(address, httpstore.Options{Login: webLogin(s.Keychain, address)})
+	return httpstore.New(address, httpstore.Options{Login: webLogin(s.Keychain, address), Transport: s.hosts().Transport()})
 }
 
 func openSSH(address string, s Source) (chunkstore.Store, error) {
@@ -202,7 +235,9 @@ func openSSH(address string, s Source) (chunkstore.Store, error) {
 }
 
 func openS3(address string, s Source) (chunkstore.Store, error) {
-	return s3store.New(address, s.S3)
+	o := s.S3
+	o.Transport, o.Sources.Transport = s.hosts().Transport(), s.hosts().Direct()
+	return s3store.New(address, o)
 }
 
 // webLogin looks up the server at address in k, nil being docker's and podman's

@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
+	"github.com/container-bootfs/bootfs/internal/hosts"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -41,11 +42,11 @@ func newRepository(r Ref, o Options) (*repository, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &repository{ref: ref, keychain: o.Keychain, transport: newHostTransport(o.Insecure)}
+	p := &repository{ref: ref, keychain: o.Keychain, transport: newHostTransport(o)}
 	if p.keychain == nil {
 		p.keychain = authn.DefaultKeychain
 	}
-	if p.transport.insecure[p.host()] {
+	if p.transport.hosts.Insecure(p.host()) {
 		p.insecure = true
 		if p.ref, err = name.ParseReference(r.Name, name.Insecure); err != nil {
 			return nil, err
@@ -67,7 +68,7 @@ func (p *repository) address() string {
 
 func (p *repository) blobs() (registrystore.Blobs, error) {
 	return registrystore.NewRemote(p.address(), registrystore.RemoteOptions{
-		Insecure: p.insecure, Keychain: p.keychain, Transport: p.transport,
+		Hosts: p.transport.hosts, Insecure: p.insecure, Keychain: p.keychain,
 	})
 }
 
@@ -111,7 +112,7 @@ func (p *repository) explain(err error) error {
 	case errors.Is(err, errPlainHTTP):
 		return &explained{fmt.Sprintf("%s speaks plain HTTP only; allow that with --insecure %s", host, host), err}
 	case errors.As(err, &cert):
-		return &explained{fmt.Sprintf("the certificate of %s cannot be verified (%v); trust its authority, or allow it with --insecure %s", host, cert.Err, host), err}
+		return &explained{fmt.Sprintf("the certificate of %s cannot be verified (%v); put that of its authority into /etc/docker/certs.d/%s/ca.crt, or allow it with --insecure %s", host, cert.Err, host, host), err}
 	}
 	return &explained{strings.Join(strings.Fields(err.Error()), " "), err}
 }
@@ -130,29 +131,26 @@ var errPlainHTTP = errors.New("plain HTTP refused")
 // hostTransport decides by host what may go unprotected: nothing, but for
 // loopback and the hosts that the user named.
 type hostTransport struct {
-	strict, lax *http.Transport
-	insecure    map[string]bool // by HOST[:PORT]
+	hosts *hosts.Hosts
+	inner http.RoundTripper
 }
 
-func newHostTransport(insecure []string) *hostTransport {
-	t := &hostTransport{strict: remote.DefaultTransport.(*http.Transport).Clone(), insecure: map[string]bool{}}
-	t.strict.ResponseHeaderTimeout = 2 * time.Minute
-	t.lax = t.strict.Clone()
-	t.lax.TLSClientConfig = &tls.Config{InsecureSkipVerify: true}
-	for _, h := range insecure {
-		t.insecure[h] = true
+func newHostTransport(o Options) *hostTransport {
+	h := o.Hosts
+	if h == nil {
+		h = hosts.Everybody()
 	}
-	return t
+	for _, host := range o.Insecure {
+		h = h.With(host)
+	}
+	return &hostTransport{hosts: h, inner: h.Transport()}
 }
 
 func (t *hostTransport) RoundTrip(r *http.Request) (*http.Response, error) {
-	if t.insecure[r.URL.Host] {
-		return t.lax.RoundTrip(r)
-	}
-	if r.URL.Scheme != "https" && !httpio.IsLoopback(r.URL.Host) {
+	if r.URL.Scheme != "https" && !t.hosts.Insecure(r.URL.Host) && !httpio.IsLoopback(r.URL.Host) {
 		return nil, fmt.Errorf("%s: %w", r.URL.Host, errPlainHTTP)
 	}
-	resp, err := t.strict.RoundTrip(r)
+	resp, err := t.inner.RoundTrip(r)
 	var header tls.RecordHeaderError
 	if errors.As(err, &header) || err != nil && strings.Contains(err.Error(), "server gave HTTP response to HTTPS client") {
 		err = fmt.Errorf("%s: %w: %w", r.URL.Host, errPlainHTTP, err)
@@ -162,8 +160,7 @@ func (t *hostTransport) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // CloseIdleConnections lets http.Client give up connections that died.
 func (t *hostTransport) CloseIdleConnections() {
-	t.strict.CloseIdleConnections()
-	t.lax.CloseIdleConnections()
+	t.inner.(interface{ CloseIdleConnections() }).CloseIdleConnections()
 }
 
 // registrySource reads an image from a registry.

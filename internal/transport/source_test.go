@@ -505,7 +505,7 @@ func TestInsecure(t *testing.T) {
 		t.Errorf("StoreAddress %q, want %q", src.StoreAddress(), want)
 	}
 
-	rt := newHostTransport([]string{"named.example:5000"})
+	rt := newHostTransport(Options{Insecure: []string{"named.example:5000"}})
 	for url, want := range map[string]bool{
 		"http://192.0.2.1/v2/": false, "http://10.0.0.1:5000/v2/": false, "http://registry.local/v2/": false,
 	} {

@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
+	"github.com/container-bootfs/bootfs/internal/hosts"
 	"github.com/container-bootfs/bootfs/internal/layer"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -33,6 +34,8 @@ type Options struct {
 	// Keychain finds credentials for registries; nil reads Docker's and
 	// Podman's configuration.
 	Keychain authn.Keychain
+	// Hosts knows how registries are reached; nil knows what everybody knows.
+	Hosts *hosts.Hosts
 	// Insecure lists registries, as HOST[:PORT], that may be spoken to over
 	// plain HTTP or with a certificate that cannot be verified. Loopback
 	// addresses may always.
