@@ -57,7 +57,15 @@ type ask struct {
 	key    string // "" for the bucket itself
 	query  string // escaped and sorted
 	body   []byte // nil for none
-	header []string
+	header []string // names and values; with GET it is a range
+}
+
+// answeredBy reports whether status is success.
+func (a ask) answeredBy(status int) bool {
+	if a.method == http.MethodGet {
+		return status == http.StatusOK || status == http.StatusPartialContent && a.header != nil
+	}
+	return status/100 == 2
 }
 
 // used is what a request was made with.
@@ -117,7 +125,7 @@ func (q *request) send(a ask) (*http.Response, error) {
 		if err != nil {
 			return nil, err
 		}
-		if resp.StatusCode/100 == 2 {
+		if a.answeredBy(resp.StatusCode) {
 			return resp, nil
 		}
 		f := q.readFault(resp)
