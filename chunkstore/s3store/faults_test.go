@@ -342,6 +342,8 @@ func TestExpiredToken(t *testing.T) {
 	}
 }
 
+var manyX = bytes.Repeat([]byte("x"), 64<<10)
+
 // endless is a body of n bytes.
 type endless struct{ n int64 }
 
@@ -349,11 +351,9 @@ func (e *endless) Read(p []byte) (int, error) {
 	if e.n <= 0 {
 		return 0, io.EOF
 	}
-	for i := range p {
-		p[i] = 'x'
-	}
-	e.n -= int64(len(p))
-	return len(p), nil
+	n := copy(p, manyX)
+	e.n -= int64(n)
+	return n, nil
 }
 
 // TestHostileAnswers: 1 GiB of whatever a server sends costs neither memory nor
@@ -370,7 +370,7 @@ func TestHostileAnswers(t *testing.T) {
 		"nested":   strings.Repeat("<Error>", 10_000),
 		"list":     "<ListBucketResult><Contents><Key>",
 	} {
-		for _, status := range []int{200, 403, 500} {
+		for _, status := range []int{200, 403} {
 			s := answering(t, static.sources(), func(w http.ResponseWriter, r *http.Request) {
 				w.WriteHeader(status)
 				io.WriteString(w, head)

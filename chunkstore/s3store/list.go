@@ -17,8 +17,8 @@ import (
 )
 
 const (
-	maxPage = 16 << 20 // bytes of a page of a list: maxKeys of 1 KiB come nowhere near it
-	maxKeys = 1000     // of a page, as S3 has it
+	maxPage = 4 << 20 // bytes of a page of a list: maxKeys of 1 KiB, all of it escaped, are less
+	maxKeys = 1000    // of a page, as S3 has it
 	// maxIdlePages is how many pages in a row may bring no chunk: a bucket may
 	// hold other things too, but no list goes on for ever.
 	maxIdlePages = 10_000

@@ -54,9 +54,9 @@ func (q *request) end() {
 // ask is one request to the bucket.
 type ask struct {
 	method string
-	key    string // "" for the bucket itself
-	query  string // escaped and sorted
-	body   []byte // nil for none
+	key    string   // "" for the bucket itself
+	query  string   // escaped and sorted
+	body   []byte   // nil for none
 	header []string // names and values; with GET it is a range
 }
 
