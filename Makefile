@@ -68,7 +68,7 @@ deps: ## install what tests and demo run, with apt (root)
 
 .PHONY: clean
 clean: ## remove what was built; the cache of test roots stays (see internal/testenv)
-	rm -rf bin demo.d internal/bootbin/boot-*.zst
+	rm -rf bin demo.d internal/bootbin/boot-linux-*
 
 .PHONY: help
 help: ## this text

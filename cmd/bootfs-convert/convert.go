@@ -7,10 +7,12 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
 
+	"github.com/container-bootfs/bootfs/internal/assembly"
 	"github.com/container-bootfs/bootfs/internal/bootbin"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/scratch"
@@ -131,7 +133,13 @@ func writtenFor(p convert.PlatformReport) string {
 }
 
 // builtInBoot returns the boot binary that was built into this command.
-func builtInBoot(p v1.Platform) ([]byte, error) { return bootbin.Open(bootPlatform(p)) }
+func builtInBoot(p v1.Platform) (*assembly.BootLayer, error) {
+	layer, err := bootbin.Open(bootPlatform(p))
+	if err != nil {
+		return nil, err
+	}
+	return assembly.OpenBootLayer(layer)
+}
 
 // bootPlatform is the platform whose boot binary serves p. Variants other than
 // those of 32-bit ARM do not matter to it.
@@ -154,7 +162,7 @@ var machines = map[string]elf.Machine{
 }
 
 // bootFromFile returns the binary in a file for the platforms that it runs on.
-func bootFromFile(name string) (func(v1.Platform) ([]byte, error), error) {
+func bootFromFile(name string) (func(v1.Platform) (*assembly.BootLayer, error), error) {
 	bin, err := os.ReadFile(name)
 	if err != nil {
 		return nil, usagef("--boot: %w", err)
@@ -163,10 +171,11 @@ func bootFromFile(name string) (func(v1.Platform) ([]byte, error), error) {
 	if err != nil {
 		return nil, usagef("--boot %s: not an ELF program: %w", name, err)
 	}
-	return func(p v1.Platform) ([]byte, error) {
+	pack := sync.OnceValues(func() (*assembly.BootLayer, error) { return assembly.NewBootLayer(bin) })
+	return func(p v1.Platform) (*assembly.BootLayer, error) {
 		if want, ok := machines[p.Architecture]; ok && e.Machine != want {
 			return nil, usagef("--boot %s is for %s, not for %s: choose the platform with --platform", name, e.Machine, p)
 		}
-		return bin, nil
+		return pack()
 	}, nil
 }

@@ -9,14 +9,18 @@
 package assembly
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/klauspost/compress/gzip"
 
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/transport"
@@ -33,12 +37,48 @@ const (
 type Input struct {
 	Source   transport.Image  // its configuration and annotations
 	Tree     *tree.Tree       // the root filesystem; its files are read
-	Boot     []byte           // the boot binary for the platform
+	Boot     *BootLayer       // with the boot binary for the platform
 	Config   bootimage.Config // content of bootimage.ConfigPath
 	Index    []byte           // package index
 	Locators []byte           // package registrystore; nil when the stores are loose
 	Meta     []byte           // package erofs: the front region of the root image
 }
+
+// BootLayer is the layer of a boot binary: all that the images made with it
+// share.
+type BootLayer struct{ layer *imageLayer }
+
+// NewBootLayer packs a boot binary.
+func NewBootLayer(boot []byte) (*BootLayer, error) {
+	if len(boot) == 0 {
+		return nil, errors.New("the boot binary is empty")
+	}
+	l, err := newLayer(map[string]file{
+		bootimage.Dir: {mode: modeDir | 0o755},
+		// Started by a user that is not root, boot must mount all the same.
+		bootimage.BootPath: bytesFile(0o4755, boot),
+	}, bootLevel)
+	if err != nil {
+		return nil, fmt.Errorf("boot binary: %w", err)
+	}
+	return &BootLayer{l}, nil
+}
+
+// OpenBootLayer returns the layer whose stored form is b, as Bytes gave it.
+func OpenBootLayer(b []byte) (*BootLayer, error) {
+	z, err := gzip.NewReader(bytes.NewReader(b))
+	if err != nil {
+		return nil, fmt.Errorf("boot binary: %w", err)
+	}
+	plain := sha256.New()
+	if _, err := io.Copy(plain, z); err != nil {
+		return nil, fmt.Errorf("boot binary: %w", err)
+	}
+	return &BootLayer{storedLayer(b, plain)}, nil
+}
+
+// Bytes returns the stored form of l: a tar, compressed.
+func (l *BootLayer) Bytes() []byte { return l.layer.compressed }
 
 // BootImage returns the boot image of one platform.
 func BootImage(in Input) (v1.Image, error) {
@@ -50,22 +90,11 @@ func BootImage(in Input) (v1.Image, error) {
 }
 
 func bootImage(in Input) (v1.Image, error) {
-	if len(in.Boot) == 0 {
-		return nil, errors.New("the boot binary is empty")
-	}
 	skeleton, err := newSkeleton(in.Tree, &in.Source.Config.Config)
 	if err != nil {
 		return nil, err
 	}
 	config, err := json.Marshal(in.Config)
-	if err != nil {
-		return nil, err
-	}
-	first, err := newLayer(map[string]file{
-		bootimage.Dir: {mode: modeDir | 0o755},
-		// Started by a user that is not root, boot must mount all the same.
-		bootimage.BootPath: bytesFile(0o4755, in.Boot),
-	})
 	if err != nil {
 		return nil, err
 	}
@@ -84,11 +113,11 @@ func bootImage(in Input) (v1.Image, error) {
 	if in.Locators != nil {
 		files[bootimage.LocatorsPath] = bytesFile(0o644, in.Locators)
 	}
-	second, err := newLayer(files)
+	second, err := newLayer(files, fastLevel)
 	if err != nil {
 		return nil, err
 	}
-	return newImage(in, first, second)
+	return newImage(in, in.Boot.layer, second)
 }
 
 // image is a v1.Image in memory.

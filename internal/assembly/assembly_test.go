@@ -87,7 +87,7 @@ func testInput(t testing.TB, src *tree.Tree, rawConfig string) Input {
 			Annotations: map[string]string{"a": "b", annotationBaseName: "base of the source"},
 		},
 		Tree: src,
-		Boot: bytes.Repeat([]byte("boot binary "), 1000),
+		Boot: must(NewBootLayer(bytes.Repeat([]byte("boot binary "), 1000)))(t),
 		Config: bootimage.Config{
 			Version: bootimage.Version, Profile: "v1",
 			IndexDigest: fmt.Sprintf("sha256:%x", sha256.Sum256(index)),
@@ -285,9 +285,7 @@ func TestRefusedInput(t *testing.T) {
 	if _, err := BootImage(in); err == nil || !strings.Contains(err.Error(), "converted already") {
 		t.Errorf("a converted source: %v", err)
 	}
-	in = testInput(t, testTree(t), config)
-	in.Boot = nil
-	if _, err := BootImage(in); err == nil {
+	if _, err := NewBootLayer(nil); err == nil {
 		t.Error("no boot binary: no error")
 	}
 	many := testTree(t, "/bin/x 755 = x")
@@ -420,7 +418,7 @@ func TestReadContentsOfDerived(t *testing.T) {
 	}
 	unread := layer.Blob{Name: "boot", Open: func(context.Context) (io.ReadCloser, error) { return nil, errors.New("the boot layer was read") }}
 	img := transport.Image{Config: bootConfigFile(), Layers: []layer.Blob{
-		unread, blobOf(t, must(newLayer(own))(t)), blobOf(t, must(newLayer(map[string]file{"/app": bytesFile(0o755, []byte("app"))}))(t)),
+		unread, blobOf(t, must(newLayer(own, fastLevel))(t)), blobOf(t, must(newLayer(map[string]file{"/app": bytesFile(0o755, []byte("app"))}, fastLevel))(t)),
 	}}
 	c, err := ReadContents(context.Background(), img)
 	if err != nil || string(c.Meta) != "meta" {
@@ -475,7 +473,7 @@ func TestHostileContents(t *testing.T) {
 			if c.files != nil {
 				c.files(files)
 			}
-			b := blobOf(t, must(newLayer(files))(t))
+			b := blobOf(t, must(newLayer(files, fastLevel))(t))
 			if c.blob != nil {
 				c.blob(&b)
 			}
@@ -546,12 +544,32 @@ func BenchmarkBootImage(b *testing.B) {
 		lines = append(lines, fmt.Sprintf("/usr/bin/tool%d 755 = x", i))
 	}
 	in := testInput(b, testTree(b, lines...), `{"os":"linux"}`)
-	r := rand.New(rand.NewPCG(1, 2))
-	in.Boot = make([]byte, 10<<20)
-	for i := range in.Boot {
-		in.Boot[i] = byte(r.Uint32() >> (r.Uint32() % 8 * 4))
-	}
 	for b.Loop() {
 		must(BootImage(in))(b)
+	}
+}
+
+func BenchmarkNewBootLayer(b *testing.B) {
+	r := rand.New(rand.NewPCG(1, 2))
+	boot := make([]byte, 10<<20)
+	for i := range boot {
+		boot[i] = byte(r.Uint32() >> (r.Uint32() % 8 * 4))
+	}
+	for b.Loop() {
+		must(NewBootLayer(boot))(b)
+	}
+}
+
+// TestBootLayer reads a stored layer back.
+func TestBootLayer(t *testing.T) {
+	want := must(NewBootLayer([]byte("boot binary")))(t)
+	got := must(OpenBootLayer(want.Bytes()))(t)
+	if got.layer.digest != want.layer.digest || got.layer.diffID != want.layer.diffID || !bytes.Equal(got.Bytes(), want.Bytes()) {
+		t.Errorf("got %s of %s, want %s of %s", got.layer.digest, got.layer.diffID, want.layer.digest, want.layer.diffID)
+	}
+	for n := range want.Bytes() {
+		if _, err := OpenBootLayer(want.Bytes()[:n]); err == nil {
+			t.Errorf("%d of %d bytes: no error", n, len(want.Bytes()))
+		}
 	}
 }

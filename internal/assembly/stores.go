@@ -83,7 +83,7 @@ func editLayer(ctx context.Context, l layer.Blob, stores []string) (*imageLayer,
 	}
 	defer plain.Close()
 	found := false
-	next, err := packLayer(func(t *tar.Writer) error {
+	next, err := packLayer(fastLevel, func(t *tar.Writer) error {
 		for r := tar.NewReader(plain); ; {
 			h, err := r.Next()
 			if err == io.EOF {

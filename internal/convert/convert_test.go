@@ -36,6 +36,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/internal/assembly"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/layer"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
@@ -186,7 +187,9 @@ func sampleLayers() []entries {
 	return []entries{one, two, three}
 }
 
-func boot(v1.Platform) ([]byte, error) { return []byte("a boot binary"), nil }
+func boot(v1.Platform) (*assembly.BootLayer, error) {
+	return assembly.NewBootLayer([]byte("a boot binary"))
+}
 
 func ociRef(t testing.TB) transport.Ref {
 	return transport.Ref{Transport: transport.OCI, Path: filepath.Join(t.TempDir(), "layout"), Name: "dst"}
@@ -489,12 +492,12 @@ func TestRunWebStore(t *testing.T) {
 func TestRunPlatforms(t *testing.T) {
 	files := entries{"bin/app": sample(1, 100_000)}
 	src := writeLayout(t, sourceImage(t, "amd64", files), sourceImage(t, "arm64", files), sourceImage(t, "mips64le", files))
-	only := func(archs ...string) func(v1.Platform) ([]byte, error) {
-		return func(p v1.Platform) ([]byte, error) {
+	only := func(archs ...string) func(v1.Platform) (*assembly.BootLayer, error) {
+		return func(p v1.Platform) (*assembly.BootLayer, error) {
 			if !slices.Contains(archs, p.Architecture) {
 				return nil, fmt.Errorf("no boot binary for %s", p)
 			}
-			return []byte("boot for " + p.Architecture), nil
+			return assembly.NewBootLayer([]byte("boot for " + p.Architecture))
 		}
 	}
 	t.Run("all that can be started", func(t *testing.T) {

@@ -57,7 +57,7 @@ type Options struct {
 	// packs stay when the destination's name goes to another image.
 	KeepTag bool
 	// Boot returns the boot binary for a platform.
-	Boot func(v1.Platform) ([]byte, error)
+	Boot func(v1.Platform) (*assembly.BootLayer, error)
 	// TempDir holds temporary files; "" means os.TempDir(). They have no name
 	// there, so nothing stays however the process ends.
 	TempDir string
@@ -199,7 +199,7 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 // input is an image that is to be converted, and the boot binary for it.
 type input struct {
 	transport.Image
-	boot []byte
+	boot *assembly.BootLayer
 }
 
 func (i input) layers() []layer.Blob { return i.Image.Layers }

@@ -1,5 +1,5 @@
 // Command gen builds the boot binary for the platforms that it is given and
-// writes each, compressed, where package bootbin embeds it. It is run from the
+// writes the layer of each where package bootbin embeds it. It is run from the
 // top of the repository; make build calls it.
 //
 // The same source and Go release give the same bytes: they become a layer that
@@ -17,8 +17,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/container-bootfs/bootfs/internal/assembly"
 	"github.com/container-bootfs/bootfs/internal/bootbin"
-	"github.com/klauspost/compress/zstd"
 )
 
 func main() {
@@ -39,7 +39,7 @@ func generate(platform string) error {
 		return fmt.Errorf("unknown platform, want one of %s", strings.Join(bootbin.Platforms, ", "))
 	}
 	// The go command leaves a binary that is up to date as it is.
-	bin := filepath.Join("bin", strings.TrimSuffix(bootbin.FileName(platform), ".zst"))
+	bin := filepath.Join("bin", strings.TrimSuffix(bootbin.FileName(platform), bootbin.Suffix))
 	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", bin, "./cmd/bootfs-boot")
 	goos, goarch, _ := strings.Cut(platform, "/")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOAMD64=v1", "GOOS="+goos, "GOARCH="+goarch)
@@ -51,12 +51,11 @@ func generate(platform string) error {
 	if err != nil {
 		return err
 	}
-	// One encoder at work: the frame does not depend on the number of cores.
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderConcurrency(1))
+	layer, err := assembly.NewBootLayer(plain)
 	if err != nil {
 		return err
 	}
-	packed := enc.EncodeAll(plain, nil)
+	packed := layer.Bytes()
 	path := filepath.Join("internal", "bootbin", bootbin.FileName(platform))
 	// An unchanged file is left alone: what embeds it is not linked anew.
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, packed) {
