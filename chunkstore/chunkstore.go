@@ -80,3 +80,24 @@ type Remover interface {
 	// is under way gets the whole chunk or ErrNotFound.
 	Remove(ctx context.Context, id index.ID) error
 }
+
+// Expirer is implemented by stores in which a chunk can be made young again,
+// and removed unless it was. So a writer that finds its chunk there, and a
+// collector that has found it unused, do not fall between one another: either
+// the writer's Touch keeps the chunk, or it is told that there is none.
+type Expirer interface {
+	// Touch makes chunk id as young as one that is written now. The error wraps
+	// ErrNotFound when it is not there.
+	Touch(ctx context.Context, id index.ID) error
+	// Expire removes chunk id if it was last modified before then, and reports
+	// whether it did. That it is not there is no error.
+	Expire(ctx context.Context, id index.ID, then time.Time) (bool, error)
+}
+
+// Sweeper is implemented by stores in which a writer that is killed leaves
+// files that are no chunks.
+type Sweeper interface {
+	// Sweep removes such files if they were last modified before then, and
+	// returns how many and how many bytes these are. With dry it removes none.
+	Sweep(ctx context.Context, then time.Time, dry bool) (files int, bytes int64, err error)
+}

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -323,6 +324,20 @@ func (c *conn) remove(ctx context.Context, id index.ID) error {
 
 // list gives yield the chunks that are there, until it returns false.
 func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) error {
+	return c.walk(ctx, func(shard string, files []fs.FileInfo) bool {
+		for _, file := range files {
+			id, ok := placeID(shard, file.Name())
+			if ok && checkFile(file) == nil && !yield(chunkstore.Entry{ID: id, Size: file.Size(), Modified: file.ModTime()}) {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+// walk gives yield the subdirectories and what is in them, until it returns
+// false.
+func (c *conn) walk(ctx context.Context, yield func(shard string, files []fs.FileInfo) bool) error {
 	shards, err := c.files(ctx, c.store.address.dir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // no chunk was written yet
@@ -333,8 +348,9 @@ func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) erro
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	type result struct {
-		entries []chunkstore.Entry
-		err     error
+		shard string
+		files []fs.FileInfo
+		err   error
 	}
 	var (
 		results = make(chan result)
@@ -344,7 +360,7 @@ func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) erro
 	go func() {
 		defer close(work)
 		for _, shard := range shards {
-			if len(shard.Name()) != shardLen {
+			if len(shard.Name()) != shardLen || strings.Trim(shard.Name(), "0123456789abcdef") != "" {
 				continue
 			}
 			select {
@@ -357,8 +373,8 @@ func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) erro
 	for range listAtOnce {
 		readers.Go(func() {
 			for shard := range work {
-				entries, err := c.listShard(ctx, shard)
-				results <- result{entries, err}
+				files, err := c.shardFiles(ctx, shard)
+				results <- result{shard, files, err}
 			}
 		})
 	}
@@ -369,14 +385,9 @@ func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) erro
 			err = r.err
 			cancel()
 		}
-		for _, e := range r.entries {
-			if err != nil || stopped {
-				break
-			}
-			if !yield(e) {
-				stopped = true
-				cancel()
-			}
+		if err == nil && !stopped && !yield(r.shard, r.files) {
+			stopped = true
+			cancel()
 		}
 	}
 	if err == nil && !stopped {
@@ -385,8 +396,8 @@ func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) erro
 	return err
 }
 
-// listShard returns the chunks in a subdirectory.
-func (c *conn) listShard(ctx context.Context, shard string) ([]chunkstore.Entry, error) {
+// shardFiles returns what is in a subdirectory.
+func (c *conn) shardFiles(ctx context.Context, shard string) ([]fs.FileInfo, error) {
 	files, err := c.files(ctx, path.Join(c.store.address.dir, shard))
 	if err != nil {
 		var status *sftp.StatusError
@@ -395,13 +406,7 @@ func (c *conn) listShard(ctx context.Context, shard string) ([]chunkstore.Entry,
 		}
 		return nil, err
 	}
-	var entries []chunkstore.Entry
-	for _, file := range files {
-		if id, ok := placeID(shard, file.Name()); ok && checkFile(file) == nil {
-			entries = append(entries, chunkstore.Entry{ID: id, Size: file.Size(), Modified: file.ModTime()})
-		}
-	}
-	return entries, nil
+	return files, nil
 }
 
 // files returns what is in a directory.

@@ -235,6 +235,35 @@ func (s *Store) Remove(ctx context.Context, id index.ID) error {
 	return nil
 }
 
+// Touch makes chunk id as young as one that is written now, by SFTP.
+func (s *Store) Touch(ctx context.Context, id index.ID) error {
+	_, err := do(ctx, s, func(c *conn) (struct{}, error) { return struct{}{}, c.touch(ctx, id) })
+	if err != nil {
+		return s.fail("touch chunk "+id.String(), err)
+	}
+	return nil
+}
+
+// Expire removes chunk id if it was last modified before then, by SFTP.
+func (s *Store) Expire(ctx context.Context, id index.ID, then time.Time) (bool, error) {
+	removed, err := do(ctx, s, func(c *conn) (bool, error) { return c.expire(ctx, id, then) })
+	if err != nil {
+		return removed, s.fail("remove chunk "+id.String(), err)
+	}
+	return removed, nil
+}
+
+// Sweep removes what killed writers have left, by SFTP.
+func (s *Store) Sweep(ctx context.Context, then time.Time, dry bool) (files int, bytes int64, err error) {
+	_, err = do(ctx, s, func(c *conn) (struct{}, error) {
+		return struct{}{}, c.sweep(ctx, then, dry, func(n int64) { files, bytes = files+1, bytes+n })
+	})
+	if err != nil {
+		err = s.fail("sweep", err)
+	}
+	return files, bytes, err
+}
+
 // HostKey connects, if need be, and returns the line by which the server's host
 // key can be pinned. As for every other call, the key must be a trusted one.
 func (s *Store) HostKey(ctx context.Context) (string, error) {

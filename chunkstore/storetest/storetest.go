@@ -40,6 +40,7 @@ func Run(t *testing.T, newStore func() chunkstore.Writer) {
 		{"SameChunkAtOnce", sameChunkAtOnce},
 		{"List", list},
 		{"Remove", remove},
+		{"Expire", expire},
 		{"Batch", batch},
 	} {
 		t.Run(test.name, func(t *testing.T) { test.run(t, newStore()) })
@@ -350,6 +351,64 @@ func remove(t *testing.T, s chunkstore.Writer) {
 	}
 	g.Wait()
 	wantMissing(t, s, id)
+}
+
+// expire: what is old goes and what was touched stays, whoever is faster.
+func expire(t *testing.T, s chunkstore.Writer) {
+	e, ok := s.(chunkstore.Expirer)
+	if !ok {
+		return
+	}
+	past, future := time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	expired := func(id index.ID, then time.Time, want bool) {
+		t.Helper()
+		if got, err := e.Expire(t.Context(), id, then); err != nil || got != want {
+			t.Errorf("Expire: got %v, %v, want %v", got, err, want)
+		}
+	}
+	const n = 40
+	var ids [n]index.ID
+	var frames [n][]byte
+	for i := range n {
+		ids[i], frames[i] = chunk(i, 100)
+	}
+	expired(ids[0], future, false)
+	if err := e.Touch(t.Context(), ids[0]); !errors.Is(err, chunkstore.ErrNotFound) {
+		t.Errorf("Touch of what is not there: got %v, want ErrNotFound", err)
+	}
+	put(t, s, ids[0], frames[0])
+	expired(ids[0], past, false)
+	wantFrame(t, s, ids[0], frames[0])
+	expired(ids[0], future, true)
+	wantMissing(t, s, ids[0])
+
+	for i := range n {
+		put(t, s, ids[i], frames[i])
+	}
+	time.Sleep(2100 * time.Millisecond) // times may be whole seconds
+	then := time.Now().Add(-time.Second)
+	var g sync.WaitGroup
+	var touched [n]error
+	for i := range n {
+		g.Go(func() { touched[i] = e.Touch(t.Context(), ids[i]) })
+		g.Go(func() {
+			if _, err := e.Expire(t.Context(), ids[i], then); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	g.Wait()
+	for i := range n {
+		switch {
+		case touched[i] == nil:
+			wantFrame(t, s, ids[i], frames[i])
+		case errors.Is(touched[i], chunkstore.ErrNotFound):
+			wantMissing(t, s, ids[i])
+		default:
+			t.Error(touched[i])
+		}
+	}
+	expired(ids[0], then, false)
 }
 
 func batch(t *testing.T, s chunkstore.Writer) {

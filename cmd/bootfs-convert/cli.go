@@ -132,7 +132,7 @@ func newRoot(s stdio) *cobra.Command {
 	p.BoolVarP(&c.quiet, "quiet", "q", false, "no progress, only warnings and errors")
 	p.BoolVar(&c.json, "json", false, "write the result as JSON")
 	f.register(root)
-	root.AddCommand(newInspect(c), newCheck(c), newMount(c), newExtract(c), newCopy(c), newMake(c), newVerify(c))
+	root.AddCommand(newInspect(c), newCheck(c), newMount(c), newExtract(c), newCopy(c), newMake(c), newVerify(c), newGC(c))
 	return root
 }
 

@@ -244,3 +244,71 @@ func TestBlobShrinks(t *testing.T) {
 		t.Errorf("got %v, want an error of the source", err)
 	}
 }
+
+// TestReusedChunksStay: a collector of garbage that takes every old chunk away
+// takes none from a conversion that finds it there.
+func TestReusedChunksStay(t *testing.T) {
+	dir := t.TempDir()
+	file, castr := filepath.Join(dir, "file"), filepath.Join(dir, "store.castr")
+	data := make([]byte, 5_000_000)
+	rand.NewChaCha8([32]byte{1}).Read(data)
+	if err := os.WriteFile(file, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	_, raw := makeBlob(t, file, castr)
+	x, err := index.Open(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := local.Open(castr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	long := time.Now().Add(-48 * time.Hour)
+	removed := 0
+	for range 10 {
+		files, err := filepath.Glob(filepath.Join(castr, "*", "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range files {
+			if err := os.Chtimes(f, long, long); err != nil {
+				t.Fatal(err)
+			}
+		}
+		collected := make(chan error)
+		go func() {
+			for e, err := range s.List(context.Background()) {
+				var ok bool
+				if err == nil {
+					ok, err = s.Expire(context.Background(), e.ID, time.Now().Add(-24*time.Hour))
+				}
+				if err != nil {
+					collected <- err
+					return
+				}
+				if ok {
+					removed++
+				}
+			}
+			collected <- nil
+		}()
+		makeBlob(t, file, castr)
+		if err := <-collected; err != nil {
+			t.Fatal(err)
+		}
+		for i := range x.Len() {
+			c, err := x.At(i)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if ok, err := s.Has(t.Context(), c.ID); err != nil || !ok {
+				t.Fatalf("chunk %s is gone: %v", c.ID, err)
+			}
+		}
+	}
+	if removed == 0 {
+		t.Error("nothing was removed, want the collector to have been in the way")
+	}
+}

@@ -208,6 +208,9 @@ func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, 
 			_, err = chunkstore.Decode(make([]byte, 0, len(plain)), stored, index.SHA256, index.Chunk{ID: id, Size: len(plain)})
 		}
 		if err == nil {
+			if err := l.renew(ctx, id, stored); err != nil {
+				return nil, fmt.Errorf("store %s: %w", l.store, err)
+			}
 			l.reused.Add(int64(len(stored)))
 			return stored, nil
 		}
@@ -218,6 +221,16 @@ func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, 
 	}
 	l.written.Add(int64(len(stored)))
 	return stored, nil
+}
+
+// renew makes a chunk young that is there already: a gc that has found it
+// unused shall not take it from the image that is being made.
+func (l *loose) renew(ctx context.Context, id index.ID, stored []byte) error {
+	e, ok := l.store.(chunkstore.Expirer)
+	if !ok || e.Touch(ctx, id) == nil {
+		return nil
+	}
+	return l.put(ctx, id, stored) // gc was faster, or the file is another user's
 }
 
 const (
