@@ -27,6 +27,7 @@ type auth struct {
 	pins     []pin
 	known    ssh.HostKeyCallback // nil: no files
 	accept   string              // where to add a key
+	advice   string              // where to put credentials
 }
 
 // pin is a host key that is trusted.
@@ -66,7 +67,7 @@ func UserOptions() Options {
 
 // newAuth reads what o names.
 func newAuth(o Options) (*auth, error) {
-	a := &auth{agent: o.Agent, password: o.Password, accept: cmp.Or(o.Accept, "known_hosts")}
+	a := &auth{agent: o.Agent, password: o.Password, accept: cmp.Or(o.Accept, "known_hosts"), advice: o.Advice}
 	for _, file := range o.Keys {
 		key, err := readKey(file, o.PassphraseFile)
 		if err != nil {
@@ -296,6 +297,9 @@ func (a *auth) handshake(raw net.Conn, to address) (*ssh.Client, string, error) 
 		err = permanent(fmt.Errorf("%s does not let %s in: tried %s", to.host, to.user, strings.Join(tried, ", ")))
 		if agentErr != nil {
 			err = permanent(fmt.Errorf("%w; the agent: %w", err, agentErr))
+		}
+		if a.advice != "" {
+			err = permanent(fmt.Errorf("%w; %s", err, a.advice))
 		}
 	}
 	return nil, "", err

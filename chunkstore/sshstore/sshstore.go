@@ -64,6 +64,8 @@ type Options struct {
 	// Accept is what messages call the file that a host's key is to be added to;
 	// "" is "known_hosts".
 	Accept string
+	// Advice says where credentials can be put, for messages; may be "".
+	Advice string
 
 	// Stall is how long the server may be silent, keepalive included, until the
 	// connection is given up; 0 is 20 s.

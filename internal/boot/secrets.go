@@ -156,7 +156,8 @@ func (s secrets) read(k *secretKind) ([]byte, error) {
 // ssh is who we are to SSH servers. What files say is read when a store is
 // opened, before the switch of the root; the agent is asked later too.
 func (s secrets) ssh(c *settings) (sshstore.Options, error) {
-	o := sshstore.Options{Password: c.sshPassword, Accept: bootimage.SecretsDir + "/known_hosts"}
+	o := sshstore.Options{Password: c.sshPassword, Accept: bootimage.SecretsDir + "/known_hosts",
+		Advice: "mount a key as " + bootimage.SecretsDir + "/id_ed25519"}
 	for _, f := range s.find(sshKey) {
 		o.Keys = append(o.Keys, f.name)
 	}

@@ -39,9 +39,9 @@ func sshHome(t *testing.T, key string, servers ...*testenv.SSHD) string {
 	return home
 }
 
-// convertSSH converts the world's image as a person at home there.
-func convertSSH(home, store, image string) ([]byte, error) {
-	cmd := w.command("--boot", w.boot, "--store", store, "oci:"+w.layout, image)
+// convertSSH converts an image as a person at home there.
+func convertSSH(home, store, layout, image string) ([]byte, error) {
+	cmd := w.command("--boot", w.boot, "--store", store, "oci:"+layout, image)
 	cmd.Env = append(cmd.Env, "HOME="+home, "SSH_AUTH_SOCK=")
 	return cmd.CombinedOutput()
 }
@@ -78,16 +78,23 @@ func TestSSHStore(t *testing.T) {
 	server := startSSHD(t, testenv.SSHDOptions{Password: password})
 	store, image := "ssh://root@"+server.Address+"/srv/rootfs.castr", w.proxy.address+"/python:ssh"
 
-	out, err := convertSSH(sshHome(t, server.Key), store, image)
+	out, err := convertSSH(sshHome(t, server.Key), store, w.layout, image)
 	if err == nil || !strings.Contains(string(out), "is not known") || !strings.Contains(string(out), "add to ~/.ssh/known_hosts: "+server.HostKey) {
 		t.Fatalf("a server that nobody knows: %v, want it refused with what to do\n%s", err, out)
 	}
-	if out, err := convertSSH(sshHome(t, server.Key, server), store, image); err != nil {
+	if out, err := convertSSH(sshHome(t, server.Key, server), store, w.layout, image); err != nil {
 		t.Fatalf("convert: %v\n%s", err, out)
 	}
 	index, stores := inspect(t, image)
 	if want, _ := inspect(t, w.image); index != want || len(stores) != 1 || stores[0] != store {
 		t.Errorf("got index %s and stores %q, want %s and %s", index, stores, want, store)
+	}
+
+	// The image says whose key the server has.
+	check := w.command("check", "oci:"+w.layout, image)
+	check.Env = append(check.Env, "HOME="+sshHome(t, server.Key), "SSH_AUTH_SOCK=")
+	if out, err := check.CombinedOutput(); err != nil {
+		t.Errorf("check: %v\n%s", err, out)
 	}
 
 	// A key, as docker mounts secrets.
@@ -116,7 +123,7 @@ func TestSSHStore(t *testing.T) {
 	run(t, "--volume", secrets+":/.bootfs/secrets:ro", image, "python3", "-c", search, password).want(t, "searched\n")
 
 	r = run(t, image, "true")
-	if r.code != 125 || !strings.Contains(r.stderr, "does not let root in: tried nothing, as no key, agent or password was given") {
+	if r.code != 125 || !strings.Contains(r.stderr, "does not let root in: tried nothing, as no key, agent or password was given; mount a key as /.bootfs/secrets/id_ed25519") {
 		t.Errorf("without a credential: exit %d, %s", r.code, r.stderr)
 	}
 
@@ -181,14 +188,15 @@ func agentDir(t *testing.T, key []byte) string {
 	return dir
 }
 
-// TestSFTPStore converts to the server of samples/ssh, as its Dockerfile sets it
-// up, and runs from it.
-func TestSFTPStore(t *testing.T) {
-	config, err := os.ReadFile("../../samples/ssh/sshd_config")
+// TestSFTPSample converts to the server of samples/ssh, as its Dockerfile sets
+// it up, and runs from it.
+func TestSFTPSample(t *testing.T) {
+	const sample = "../../samples/ssh/"
+	config, err := os.ReadFile(sample + "sshd_config")
 	if err != nil {
 		t.Fatal(err)
 	}
-	dockerfile, err := os.ReadFile("../../samples/ssh/Dockerfile")
+	dockerfile, err := os.ReadFile(sample + "Dockerfile")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,20 +204,28 @@ func TestSFTPStore(t *testing.T) {
 	if setup == nil {
 		t.Fatalf("the Dockerfile adds no user:\n%s", dockerfile)
 	}
-	if out, err := exec.Command("/usr/sbin/sshd", "-t", "-f", "../../samples/ssh/sshd_config", "-h", startSSHD(t, testenv.SSHDOptions{}).Key).CombinedOutput(); err != nil {
-		t.Errorf("sshd -t: %v\n%s", err, out)
-	}
 	server := startSSHD(t, testenv.SSHDOptions{Config: string(config), Setup: string(setup[1])})
-	store, image := "sftp://bootfs@"+server.Address+"/chunks/rootfs.castr", w.proxy.address+"/python:sftp"
-	if out, err := convertSSH(sshHome(t, server.Key, server), store, image); err != nil {
+	cache, err := testenv.OpenCache()
+	if err != nil {
+		t.Fatal(err)
+	}
+	layout, err := cache.ScratchImage(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	home := sshHome(t, server.Key, server)
+	store, image := "sftp://bootfs@"+server.Address+"/chunks/rootfs.castr", w.proxy.address+"/scratch:sftp"
+	if out, err := convertSSH(home, store, layout, image); err != nil {
 		t.Fatalf("convert: %v\n%s\n%s", err, out, server.Log())
 	}
-	index, stores := inspect(t, image)
-	if want, _ := inspect(t, w.image); index != want || len(stores) != 1 || stores[0] != store {
-		t.Errorf("got index %s and stores %q, want %s and %s", index, stores, want, store)
+	if _, err := os.Stat(filepath.Join(server.Srv, "chunks/rootfs.castr")); err != nil {
+		t.Error(err)
 	}
-	secrets := filepath.Dir(sshHomeKey(t, server))
-	run(t, "--volume", secrets+":/.bootfs/secrets:ro", image, "python3", "-c", "import ssl; print('ok')").want(t, "ok\n")
+	secrets := filepath.Join(home, ".ssh")
+	r := run(t, "--volume", secrets+":/.bootfs/secrets:ro", image, "cat", "/etc/passwd")
+	if r.code != 0 || !strings.HasPrefix(r.stdout, "root:") {
+		t.Errorf("%+v", r)
+	}
 
 	// What the server lets a client do: SFTP in its directory, and nothing else.
 	ssh := []string{"-F", "none", "-i", server.Key, "-o", "UserKnownHostsFile=" + filepath.Join(secrets, "known_hosts"), "-o", "BatchMode=yes"}
@@ -228,9 +244,4 @@ func TestSFTPStore(t *testing.T) {
 			t.Errorf("%s is allowed: %s", name, out)
 		}
 	}
-}
-
-// sshHomeKey is the key of a home that knows the server.
-func sshHomeKey(t *testing.T, s *testenv.SSHD) string {
-	return filepath.Join(sshHome(t, s.Key, s), ".ssh/id_ed25519")
 }
