@@ -28,6 +28,7 @@ type convertFlags struct {
 	base         string
 	rewriteBelow float64
 	keepTag      bool
+	attestations string
 }
 
 // noBase is the value of --base that asks for the canonical form.
@@ -39,6 +40,7 @@ func (f *convertFlags) register(cmd *cobra.Command) {
 	fs.StringVar(&f.base, "base", "", "`REF` of a converted image whose packs are reused, or none (default what DST stands for until now)")
 	fs.Float64Var(&f.rewriteBelow, "rewrite-below", convert.DefaultRewriteBelow, "`FRACTION` of a pack of the base that must be used; what is used of other packs is stored again")
 	fs.BoolVar(&f.keepTag, "keep-tag", false, "also tag the image keep-DIGEST, so that its packs stay when DST is moved")
+	fs.StringVar(&f.attestations, "attestations", string(convert.Carry), "what becomes of the source's attestations, SBOMs and signatures: carry, refuse or drop `WHAT`")
 	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 
@@ -79,10 +81,14 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 		}
 		base = &r
 	}
+	attestations, err := convert.ParseAttestations(f.attestations)
+	if err != nil {
+		return usagef("--%w", err)
+	}
 	d := f.display()
 	report, err := convert.Run(ctx, convert.Options{
 		Base: base, Canonical: f.base == noBase, RewriteBelow: f.rewriteBelow,
-		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, KeepTag: f.keepTag, Access: f.access(), Boot: boot,
+		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, KeepTag: f.keepTag, Attestations: attestations, Access: f.access(), Boot: boot,
 		TempDir: f.tempDir, Transport: t, Progress: d.event, Log: f.logger(d),
 	})
 	d.close()

@@ -72,8 +72,11 @@ type Report struct {
 	Store       string           `json:"store"`  // where the chunks are; "" beside the image in a layout
 	Platforms   []PlatformReport `json:"platforms"`
 	Skipped     []string         `json:"skipped,omitempty"` // what else the source holds, and why it was left
-	TempBytes   int64            `json:"tempBytes"`         // estimate of the temporary space that was asked for
-	Seconds     float64          `json:"seconds"`
+	// What signs or describes the source and came along, as digests.
+	Attestations []string `json:"attestations,omitempty"` // manifests of its index
+	Signatures   []string `json:"signatures,omitempty"`   // cosign's and OCI referrers
+	TempBytes    int64    `json:"tempBytes"`              // estimate of the temporary space that was asked for
+	Seconds      float64  `json:"seconds"`
 }
 
 // PlatformReport is the part of one platform.

@@ -56,6 +56,9 @@ type Options struct {
 	// KeepTag leaves a second tag that no later conversion moves, so that the
 	// packs stay when the destination's name goes to another image.
 	KeepTag bool
+	// Attestations says what becomes of what signs or describes the source; ""
+	// is Carry.
+	Attestations Attestations
 	// Boot returns the boot binary for a platform.
 	Boot func(v1.Platform) (*assembly.BootLayer, error)
 	// TempDir holds temporary files; "" means os.TempDir(). They have no name
@@ -132,11 +135,11 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	defer src.Close()
 	spooled.end()
 	report := &Report{Source: o.Source.String(), Destination: o.Destination.String()}
-	for _, s := range src.Skipped() {
-		report.Skipped = append(report.Skipped, fmt.Sprintf("%s (%s)", s.Digest, s.Reason))
-		o.Log.Info(fmt.Sprintf("left out: %s (%s)", s.Digest, s.Reason))
-	}
 	images, err := c.choose(src.Images(), report)
+	if err != nil {
+		return nil, err
+	}
+	signs, err := c.treatEvidence(ctx, src, images, report)
 	if err != nil {
 		return nil, err
 	}
@@ -182,8 +185,12 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 			}
 			return nil, err
 		}
+		p.Attestations = signs.byImage[img.Digest]
 		out = append(out, p)
 		report.Platforms = append(report.Platforms, *r)
+	}
+	if err := signs.carry(ctx, c, report); err != nil {
+		return nil, in(Destination, err)
 	}
 	// The chunks are complete before anything refers to them.
 	if err := c.to.commit(ctx, out); err != nil {

@@ -44,21 +44,14 @@ type Copied struct {
 // do the signatures and other manifests that refer to it or to a manifest in
 // it. The name of the destination is set last.
 func Copy(ctx context.Context, src Source, dst Destination, e Edition) (*Copied, error) {
-	from, ok := src.(Stored)
-	to, ok2 := dst.(receiver)
-	if !ok || !ok2 {
-		return nil, errors.New("only a registry and OCI layouts keep an image as it is")
+	c, err := newCopier(src, dst)
+	if err != nil {
+		return nil, err
 	}
-	c := &copier{src: from, dst: to, own: e.Own}
-	if s, ok := src.(*registrySource); ok {
-		if d, ok := dst.(*registryDestination); ok {
-			c.from = d.sibling(s.address())
-		}
-	}
+	c.own = e.Own
 	out := &Copied{}
-	root := from.Root()
+	root := c.src.Root()
 	if e.Root != nil {
-		var err error
 		if root, err = describe(e.Root, string(types.OCIImageIndex)); err != nil {
 			return nil, err
 		}
@@ -90,7 +83,7 @@ func Copy(ctx context.Context, src Source, dst Destination, e Edition) (*Copied,
 		return nil, err
 	}
 	raw := image.manifests[len(image.manifests)-1].raw
-	if err := to.finish(ctx, root, raw); err != nil {
+	if err := c.dst.finish(ctx, root, raw); err != nil {
 		return nil, err
 	}
 	out.Digest, out.Sent, out.Reused, out.Manifests = root.Digest.String(), c.sent.Load(), c.reused.Load(), len(image.manifests)
@@ -101,16 +94,30 @@ func Copy(ctx context.Context, src Source, dst Destination, e Edition) (*Copied,
 // the names by which it belongs to them, and returns the digests of it. dst may
 // still be open for its image.
 func CopyAttached(ctx context.Context, src Source, dst Destination, subjects []v1.Hash) ([]string, error) {
-	from, ok := src.(Stored)
-	if !ok {
-		return nil, nil
+	c, err := newCopier(src, dst)
+	if err != nil {
+		return nil, err
 	}
-	to, ok := dst.(receiver)
-	if !ok {
-		return nil, errors.New("the destination cannot hold them")
-	}
-	c := &copier{src: from, dst: to}
 	return c.putAttached(ctx, subjects)
+}
+
+// CopyManifests writes manifests of src, with all that they lead to, to dst,
+// which may still be open for its image. They get no name there.
+func CopyManifests(ctx context.Context, src Source, dst Destination, list []v1.Descriptor) error {
+	c, err := newCopier(src, dst)
+	if err != nil {
+		return err
+	}
+	for _, d := range list {
+		g, err := c.walk(ctx, d)
+		if err != nil {
+			return err
+		}
+		if err := c.put(ctx, g); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Attached returns the digests of what signs or describes manifests of src.
@@ -178,6 +185,21 @@ type copier struct {
 
 	sent, reused atomic.Int64
 	seen         int // manifests, of all walks
+}
+
+func newCopier(src Source, dst Destination) (*copier, error) {
+	from, ok := src.(Stored)
+	to, ok2 := dst.(receiver)
+	if !ok || !ok2 {
+		return nil, errors.New("only a registry and OCI layouts keep manifests as they are")
+	}
+	c := &copier{src: from, dst: to}
+	if s, ok := src.(*registrySource); ok {
+		if d, ok := dst.(*registryDestination); ok {
+			c.from = d.sibling(s.address())
+		}
+	}
+	return c, nil
 }
 
 // stored is a manifest as it is.

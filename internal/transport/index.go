@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
@@ -27,14 +28,26 @@ const (
 	AnnotationBoot = "vnd.bootfs.boot.digest"
 )
 
+// Annotations of an attestation manifest's descriptor in the index. The first
+// two are BuildKit's: what kind it is, and which manifest of the index it
+// describes, by which tools find it.
+const (
+	annotationReferenceType = "vnd.docker.reference.type"
+	annotationReference     = "vnd.docker.reference.digest"
+	// AnnotationSource names the manifest that the attestation was made for,
+	// the source of the boot image.
+	AnnotationSource = "vnd.bootfs.source.digest"
+)
+
 // ociIndex is the index of a converted image.
 type ociIndex struct {
 	raw  []byte
 	desc v1.Descriptor
 }
 
-// newIndex lists the boot manifests and, behind them, the data manifests:
-// engines that take the first manifest they can run find it first.
+// newIndex lists the boot manifests and, behind them, the data manifests and
+// attestations: engines that take the first manifest they can run find it
+// first.
 //
 // Its JSON is laid out as image-spec's types are, and has the fields that they
 // always had: skopeo copy --all parses an index and writes it anew, and the
@@ -45,7 +58,7 @@ func newIndex(images []PlatformImage) (*ociIndex, error) {
 	}
 	m := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex}
 	m.SchemaVersion = 2
-	var data []ocispec.Descriptor
+	var data, attestations []ocispec.Descriptor
 	for _, img := range images {
 		var boot string
 		if img.Boot != nil {
@@ -55,6 +68,9 @@ func newIndex(images []PlatformImage) (*ociIndex, error) {
 			}
 			m.Manifests = append(m.Manifests, ociDescriptor(d, img.Platform))
 			boot = d.Digest.String()
+			for _, a := range img.Attestations {
+				attestations = append(attestations, attestationDescriptor(a, boot))
+			}
 		}
 		if img.Data != nil {
 			d, err := partial.Descriptor(img.Data)
@@ -69,7 +85,7 @@ func newIndex(images []PlatformImage) (*ociIndex, error) {
 			data = append(data, o)
 		}
 	}
-	m.Manifests = append(m.Manifests, data...)
+	m.Manifests = append(append(m.Manifests, data...), attestations...)
 	raw, err := json.Marshal(m)
 	if err != nil {
 		return nil, err
@@ -102,6 +118,19 @@ func ReplaceManifests(index []byte, with map[v1.Hash]v1.Descriptor) ([]byte, err
 		}
 	}
 	return json.Marshal(m)
+}
+
+// attestationDescriptor is d for the boot image in the place of its source.
+func attestationDescriptor(d v1.Descriptor, boot string) ocispec.Descriptor {
+	p := d.Platform
+	if p == nil {
+		p = registrystore.DataPlatform()
+	}
+	o := ociDescriptor(&d, *p)
+	o.Annotations = maps.Clone(d.Annotations)
+	o.Annotations[AnnotationSource] = d.Annotations[annotationReference]
+	o.Annotations[annotationReference] = boot
+	return o
 }
 
 func ociDescriptor(d *v1.Descriptor, p v1.Platform) ocispec.Descriptor {

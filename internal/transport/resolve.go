@@ -150,7 +150,7 @@ func (r *resolver) addIndex(ctx context.Context, d v1.Descriptor, raw []byte, de
 	}
 	for _, m := range index.Manifests {
 		if reason := r.skip(m); reason != "" {
-			s := Skipped{Digest: m.Digest.String(), Reason: reason}
+			s := Skipped{Digest: m.Digest.String(), Reason: reason, Of: m.Annotations[annotationReference], Descriptor: m}
 			if m.Platform != nil {
 				s.Platform = m.Platform.String()
 			}
@@ -173,8 +173,8 @@ func (r *resolver) addIndex(ctx context.Context, d v1.Descriptor, raw []byte, de
 // skip says why a manifest of an index is no image to convert, or "".
 func (r *resolver) skip(m v1.Descriptor) string {
 	switch {
-	case m.Annotations["vnd.docker.reference.type"] != "":
-		return strings.TrimSuffix(m.Annotations["vnd.docker.reference.type"], "-manifest")
+	case m.Annotations[annotationReferenceType] != "":
+		return strings.TrimSuffix(m.Annotations[annotationReferenceType], "-manifest")
 	case m.Annotations[AnnotationType] != "":
 		return "artifact " + m.Annotations[AnnotationType]
 	case m.ArtifactType != "" && !types.MediaType(m.ArtifactType).IsConfig():

@@ -107,6 +107,9 @@ type Skipped struct {
 	Digest   string
 	Platform string // "" if none is stated
 	Reason   string // "attestation", "not a Linux platform", …
+	// Of is the digest of the image that it describes, "" if of none.
+	Of         string
+	Descriptor v1.Descriptor // as the index has it
 }
 
 // Open finds the image that r names.
@@ -162,6 +165,9 @@ type PlatformImage struct {
 	Platform v1.Platform
 	Boot     v1.Image // nil in a place for packs only
 	Data     v1.Image // lists the packs of Boot; nil when its chunks are elsewhere
+	// Attestations are manifests that describe the source image and are at the
+	// destination; the index lists them for the boot image.
+	Attestations []v1.Descriptor
 }
 
 // OpenDestination prepares the place that r names, and fails at once where it
