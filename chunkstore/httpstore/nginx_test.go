@@ -304,14 +304,15 @@ func TestCasyncExtract(t *testing.T) {
 func TestCasyncMake(t *testing.T) {
 	t.Parallel()
 	n := startNginx(t)
-	for _, d := range []index.Digest{index.SHA256, index.SHA512_256} {
+	for i, compression := range []string{"zstd", "xz", "gzip"} {
+		d := []index.Digest{index.SHA256, index.SHA512_256}[i%2]
 		data, _ := image(t, d)
 		dir := t.TempDir()
 		file, caibx := filepath.Join(dir, "image"), filepath.Join(dir, "image.caibx")
 		if err := os.WriteFile(file, data, 0o644); err != nil {
 			t.Fatal(err)
 		}
-		casync(t, "make", "--digest="+d.String(), "--compression=zstd", "--store="+filepath.Join(n.dir, d.String()+".castr"), caibx, file)
+		casync(t, "make", "--digest="+d.String(), "--compression="+compression, "--store="+filepath.Join(n.dir, compression+".castr"), caibx, file)
 		b, err := os.ReadFile(caibx)
 		if err != nil {
 			t.Fatal(err)
@@ -320,10 +321,10 @@ func TestCasyncMake(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s := open(t, "http://"+n.addr+"/"+d.String()+".castr", Options{})
+		s := open(t, "http://"+n.addr+"/"+compression+".castr", Options{})
 		got := readAll(t, s, x)
 		if !bytes.Equal(got, data) {
-			t.Errorf("%s: got %d bytes, want the image's %d", d, len(got), len(data))
+			t.Errorf("%s: got %d bytes, want the image's %d", compression, len(got), len(data))
 		}
 	}
 }

@@ -16,7 +16,8 @@ import (
 )
 
 // TestCasyncClient: casync puts an image together, over ssh, from chunks that
-// were written by SFTP; and what casync stored is read, over ssh.
+// were written by SFTP; and what casync stored, here or over ssh, is read over
+// ssh by casync's protocol and by SFTP.
 func TestCasyncClient(t *testing.T) {
 	t.Parallel()
 	server := startServer(t)
@@ -63,10 +64,22 @@ func TestCasyncClient(t *testing.T) {
 		t.Errorf("casync extract: got %d bytes, %v, want the image's %d", len(got), err, len(plain))
 	}
 
-	for _, d := range []index.Digest{index.SHA256, index.SHA512_256} {
-		theirs := filepath.Join(dir, d.String()+".castr")
-		caibx := filepath.Join(dir, d.String()+".caibx")
-		casync(t, ssh, "make", "--digest="+d.String(), "--store="+theirs, caibx, out)
+	for i, test := range []struct{ compression, at, scheme string }{
+		{"zstd", "", "ssh"},
+		{"xz", "", "ssh"},
+		{"gzip", "", "sftp"},
+		{"zstd", "root@" + host + ":", "ssh"},
+		{"xz", "root@" + host + ":", "sftp"},
+	} {
+		d := []index.Digest{index.SHA256, index.SHA512_256}[i%2]
+		theirs := filepath.Join(dir, fmt.Sprint(i, ".castr"))
+		if test.at != "" { // casync makes none at the other end
+			if err := os.Mkdir(theirs, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		caibx := filepath.Join(dir, fmt.Sprint(i, ".caibx"))
+		casync(t, ssh, "make", "--digest="+d.String(), "--compression="+test.compression, "--store="+test.at+theirs, test.at+caibx, out)
 		b, err := os.ReadFile(caibx)
 		if err != nil {
 			t.Fatal(err)
@@ -75,7 +88,7 @@ func TestCasyncClient(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: d, Stores: []chunkstore.Store{server.open("ssh", theirs)}})
+		f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: d, Stores: []chunkstore.Store{server.open(test.scheme, theirs)}})
 		defer f.Close()
 		for i := range x.Len() {
 			c, err := x.At(i)
@@ -84,7 +97,7 @@ func TestCasyncClient(t *testing.T) {
 			}
 			got, err := f.Fetch(t.Context(), c, nil)
 			if err != nil || !bytes.Equal(got, plain[c.Offset:c.Offset+int64(c.Size)]) {
-				t.Errorf("%s, chunk %d: got %d bytes, %v", d, i, len(got), err)
+				t.Errorf("%+v, chunk %d: got %d bytes, %v", test, i, len(got), err)
 			}
 		}
 	}
