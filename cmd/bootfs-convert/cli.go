@@ -91,7 +91,7 @@ SRC and DST are named as in skopeo:
 
 The chunks of the root filesystem go to packs beside the image, where DST is a
 registry or an OCI layout, or to --store. A directory is a casync chunk store,
-and so is what stands behind https://, ssh:// and sftp://. STORE is
+and so is what stands behind https://, ssh://, sftp:// and s3+https://. STORE is
 ` + stores.WrittenForms() + `.
 `
 
@@ -143,6 +143,8 @@ const envHelp = `Environment:
   BOOTFS_MIRRORS         mirrors of registries to read chunks from first: URL, or HOST=URL for one
                          registry, separated by blanks
   DROPBEAR_PASSWORD      password for ssh:// and sftp://, where no key is accepted
+  AWS_ACCESS_KEY_ID …    credentials, profile and region for s3+https://, named as for AWS's tools
+                         or, S3_ACCESS_KEY …, as for desync
 `
 
 // exactArgs wants one argument for each name.

@@ -201,7 +201,7 @@ func openRegistry(address string, s Source) (chunkstore.Store, error) {
 // Packs returns the blobs of the repository at address,
 // registry://HOST/REPOSITORY.
 func Packs(address string, a Access) (registrystore.Blobs, error) {
-	return registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: a.Keychain})
+	return registrystore.NewRemote(address, a.remote())
 }
 
 func (a Access) hosts() *hosts.Hosts {
