@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"regexp"
 	"strings"
+	"sync"
 
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/httpio"
@@ -38,9 +39,15 @@ func Is(address string) bool {
 	return strings.HasPrefix(address, "s3+https://") || strings.HasPrefix(address, "s3+http://")
 }
 
+// pattern is a regular expression that is compiled when it is first used: what
+// never speaks to S3 starts without that.
+func pattern(expr string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expr) })
+}
+
 var (
-	bucketName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{1,254}$`)
-	regionName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$`)
+	bucketName = pattern(`^[A-Za-z0-9][A-Za-z0-9._-]{1,254}$`)
+	regionName = pattern(`^[a-zA-Z0-9][a-zA-Z0-9_-]{0,63}$`)
 )
 
 // parseAddress reads an address. Its errors show nothing of what may be a
@@ -82,7 +89,7 @@ func parseAddress(s string) (*address, error) {
 		return nil, fail("the bucket belongs behind the host: s3+" + a.scheme + "://" + aws.String() + "/" + aws.bucket + "/…")
 	case bucket == "":
 		return nil, fail("no bucket")
-	case !bucketName.MatchString(bucket):
+	case !bucketName().MatchString(bucket):
 		return nil, fail("that is no bucket's name")
 	case strings.Contains("/"+prefix+"/", "/./"), strings.Contains("/"+prefix+"/", "/../"), strings.Contains(prefix, "//"):
 		return nil, fail("the prefix is not clean")
@@ -98,7 +105,7 @@ func parseAddress(s string) (*address, error) {
 		value := values[len(values)-1]
 		switch name {
 		case "region":
-			if !regionName.MatchString(value) {
+			if !regionName().MatchString(value) {
 				return nil, fail("that is no region's name")
 			}
 			a.region = value
@@ -186,10 +193,10 @@ type awsHost struct {
 	domain string // "amazonaws.com" or that of another of AWS's partitions
 }
 
-var awsPattern = regexp.MustCompile(`^(?:(.+)\.)?(s3(?:-fips)?(?:\.dualstack)?)(?:[.-]([a-z]{2,4}(?:-[a-z]+)+-\d+))?\.(amazonaws\.com(?:\.cn)?|amazonaws\.eu|c2s\.ic\.gov|sc2s\.sgov\.gov)$`)
+var awsPattern = pattern(`^(?:(.+)\.)?(s3(?:-fips)?(?:\.dualstack)?)(?:[.-]([a-z]{2,4}(?:-[a-z]+)+-\d+))?\.(amazonaws\.com(?:\.cn)?|amazonaws\.eu|c2s\.ic\.gov|sc2s\.sgov\.gov)$`)
 
 func parseAWS(host string) (awsHost, bool) {
-	m := awsPattern.FindStringSubmatch(host)
+	m := awsPattern().FindStringSubmatch(host)
 	if m == nil {
 		return awsHost{}, false
 	}

@@ -79,7 +79,7 @@ func (s Sources) readFile(name string) ([]byte, error) {
 // region returns the region that the variables name, "" if none.
 func (s Sources) region() string {
 	for _, name := range []string{"S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"} {
-		if v := s.getenv(name); regionName.MatchString(v) {
+		if v := s.getenv(name); regionName().MatchString(v) {
 			return v
 		}
 	}

@@ -157,7 +157,7 @@ func (q *request) send(a ask) (*http.Response, error) {
 func (q *request) readFault(resp *http.Response) fault {
 	defer resp.Body.Close()
 	f := readFault(watched{q.watch, resp.Body})
-	if region := resp.Header.Get("X-Amz-Bucket-Region"); f.region == "" && regionName.MatchString(region) {
+	if region := resp.Header.Get("X-Amz-Bucket-Region"); f.region == "" && regionName().MatchString(region) {
 		f.region = region
 	}
 	return f

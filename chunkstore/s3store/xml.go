@@ -4,7 +4,6 @@ import (
 	"encoding/xml"
 	"errors"
 	"io"
-	"regexp"
 	"strings"
 )
 
@@ -68,7 +67,7 @@ type fault struct {
 	endpoint string // the same as a host
 }
 
-var codeName = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+var codeName = pattern(`^[A-Za-z0-9._-]{1,64}$`)
 
 // readFault reads the description of an error, as far as it is one.
 func readFault(r io.Reader) fault {
@@ -78,13 +77,13 @@ func readFault(r io.Reader) fault {
 		// STS wraps what S3 does not.
 		switch strings.TrimPrefix(path, "ErrorResponse/") {
 		case "Error/Code":
-			if codeName.MatchString(text) {
+			if codeName().MatchString(text) {
 				f.code = text
 			}
 		case "Error/Message":
 			f.message = oneLine(text)
 		case "Error/Region":
-			if regionName.MatchString(text) {
+			if regionName().MatchString(text) {
 				f.region = text
 			}
 		case "Error/Endpoint":
