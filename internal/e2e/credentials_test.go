@@ -200,6 +200,18 @@ func signedOnly(h http.Handler) http.Handler {
 	})
 }
 
+// failing makes every nth GET fail.
+func failing(n int64, h http.Handler) http.Handler {
+	var requests atomic.Int64
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet && requests.Add(1)%n == 0 {
+			http.Error(w, "try again", http.StatusServiceUnavailable)
+			return
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
 // webFiles is a web server of chunks in a directory that wants credentials,
 // sends every third reader elsewhere, and fails now and then.
 type webFiles struct {
@@ -268,6 +280,12 @@ func TestCredentials(t *testing.T) {
 	files.elsewhere = wit.host("the web server's other host", http.FileServer(http.Dir(files.dir)))
 	web := wit.host("the web server", files)
 	server := startSSHD(t, testenv.SSHDOptions{Password: planted["SSH password"]})
+	s3, s3Env, s3Secrets := startS3(t, "chunks")
+	planted["secret key of S3"] = s3.SecretKey // it signs, and goes nowhere
+	bucket := wit.host("the S3 server", failing(6, &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(&url.URL{Scheme: "http", Host: s3.Address})
+		r.Out.Host = r.In.Host // it is signed
+	}}))
 
 	// config writes a Docker configuration and returns its directory.
 	config := func(text string) string {
@@ -307,6 +325,8 @@ func TestCredentials(t *testing.T) {
 		{"url", "http://joe:" + planted["password in a URL"] + "@" + web + "/rootfs.castr", nil, []string{"--env", "BLOB_STORE=http://joe:" + planted["password in a URL"] + "@" + web + "/rootfs.castr"}},
 		{"bearer", chunks, []string{"DOCKER_CONFIG=" + bearer}, mounted(bearer)},
 		{"ssh-password", "ssh://root@" + server.Address + "/srv/a.castr", []string{"HOME=" + home, "SSH_AUTH_SOCK=", "DROPBEAR_PASSWORD=" + planted["SSH password"]}, []string{"--env", "DROPBEAR_PASSWORD=" + planted["SSH password"]}},
+		{"s3-file", "s3+http://" + bucket + "/chunks/a.castr", s3Env, mounted(s3Secrets)},
+		{"s3-environment", "s3+http://" + bucket + "/chunks/b.castr", s3Env, []string{"--env", s3Env[0], "--env", s3Env[1]}},
 		{"ssh-key", "sftp://root@" + server.Address + "/srv/b.castr", []string{"HOME=" + home, "SSH_AUTH_SOCK="}, mounted(sshSecrets)},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -215,6 +216,12 @@ func places(t *testing.T, cache *testenv.Cache) []*place {
 			run: []string{"--volume", server.Key + ":/run/secrets/bootfs_key:ro"}, secrets: []string{strings.Split(string(key), "\n")[2]},
 		})
 	}
+	s3, s3Env, s3Secrets := startS3(t, "chunks")
+	list = append(list, &place{
+		name: "S3", destination: tagged("s3"),
+		store: "s3+http://" + s3.Address + "/chunks/rootfs.castr", recorded: "s3+http://" + s3.Address + "/chunks/rootfs.castr?region=" + s3.Region,
+		env: s3Env, run: []string{"--volume", s3Secrets + ":/.bootfs/secrets:ro"}, secrets: []string{s3.SecretKey},
+	})
 	layout := filepath.Join(dir, "layout")
 	list = append(list, &place{
 		name: "OCI layout", destination: "oci:" + layout + ":converted", image: tagged("layout"),
@@ -233,6 +240,27 @@ func places(t *testing.T, cache *testenv.Cache) []*place {
 		}
 	}
 	return list
+}
+
+// startS3 starts an S3 server with a bucket until the test ends. env lets the
+// converter in, and the directory secrets containers.
+func startS3(t *testing.T, bucket string) (server *testenv.S3, env []string, secrets string) {
+	t.Helper()
+	server, err := testenv.StartS3(t.Context(), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stopAtEnd(t, server)
+	if err := server.MakeBucket(bucket); err != nil {
+		t.Fatal(err)
+	}
+	env = []string{"AWS_ACCESS_KEY_ID=" + server.AccessKey, "AWS_SECRET_ACCESS_KEY=" + server.SecretKey, "AWS_REGION=" + server.Region}
+	secrets = t.TempDir()
+	profile := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", server.AccessKey, server.SecretKey)
+	if err := os.WriteFile(filepath.Join(secrets, "credentials"), []byte(profile), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return server, env, secrets
 }
 
 func stopAtEnd(t *testing.T, c io.Closer) {
