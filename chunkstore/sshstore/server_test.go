@@ -32,7 +32,7 @@ const noCasync = "SetEnv PATH=/nonexistent HOME=/nonexistent"
 // server is Debian's sshd at a loopback port, with files of its own. root logs
 // in with the key in Key.
 type server struct {
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	addr    string // host:port
 	key     string // file of a private key that is let in
@@ -41,7 +41,7 @@ type server struct {
 }
 
 // startServer starts an sshd with lines added to its configuration.
-func startServer(t *testing.T, lines ...string) *server {
+func startServer(t testing.TB, lines ...string) *server {
 	t.Helper()
 	s := &server{t: t, dir: t.TempDir(), addr: freePort(t)}
 	host, port, _ := net.SplitHostPort(s.addr)
@@ -150,7 +150,7 @@ func (s *server) openAt(scheme, addr, dir string, o Options) *Store {
 	return open(s.t, scheme+"://root@"+addr+dir, o)
 }
 
-func open(t *testing.T, address string, o Options) *Store {
+func open(t testing.TB, address string, o Options) *Store {
 	t.Helper()
 	st, err := New(address, o)
 	if err != nil {
@@ -160,7 +160,7 @@ func open(t *testing.T, address string, o Options) *Store {
 	return st
 }
 
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -170,7 +170,7 @@ func freePort(t *testing.T) string {
 	return l.Addr().String()
 }
 
-func newKey(t *testing.T, kind string) crypto.Signer {
+func newKey(t testing.TB, kind string) crypto.Signer {
 	t.Helper()
 	var key crypto.Signer
 	var err error
@@ -187,7 +187,7 @@ func newKey(t *testing.T, kind string) crypto.Signer {
 
 // writeKey writes key to path, encrypted if there is a passphrase, and returns
 // its public half.
-func writeKey(t *testing.T, path string, key crypto.Signer, passphrase string) ssh.PublicKey {
+func writeKey(t testing.TB, path string, key crypto.Signer, passphrase string) ssh.PublicKey {
 	t.Helper()
 	var block *pem.Block
 	var err error
@@ -207,7 +207,7 @@ func writeKey(t *testing.T, path string, key crypto.Signer, passphrase string) s
 	return public
 }
 
-func write(t *testing.T, path, text string) {
+func write(t testing.TB, path, text string) {
 	t.Helper()
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
@@ -222,7 +222,7 @@ func chunk(seed, n int) (index.ID, []byte) {
 }
 
 // fill writes n chunks into dir without a store, and returns their names.
-func fill(t *testing.T, dir string, n int) []index.ID {
+func fill(t testing.TB, dir string, n int) []index.ID {
 	t.Helper()
 	var ids []index.ID
 	for i := range n {
@@ -247,7 +247,7 @@ type proxy struct {
 	holes map[net.Conn]bool // take everything and pass on nothing
 }
 
-func startProxy(t *testing.T, target string, delay time.Duration) *proxy {
+func startProxy(t testing.TB, target string, delay time.Duration) *proxy {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -329,7 +329,7 @@ func (p *proxy) pass(from, to net.Conn) {
 
 // fakeServer is an SSH server with the given authentication whose commands are
 // run by run; nil refuses them.
-func fakeServer(t *testing.T, config *ssh.ServerConfig, run func(command string, ch io.ReadWriteCloser)) (addr, hostKey string) {
+func fakeServer(t testing.TB, config *ssh.ServerConfig, run func(command string, ch io.ReadWriteCloser)) (addr, hostKey string) {
 	t.Helper()
 	signer, err := ssh.NewSignerFromSigner(newKey(t, "ed25519"))
 	if err != nil {
