@@ -45,11 +45,12 @@ func TestMeetingOutlivesAFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	m.ready(false)
+	m.ready(true)
 	if err := unix.SetsockoptTimeval(follower, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := unix.Read(follower, make([]byte, 1)); n != 1 {
-		t.Errorf("the follower was not let go: %d, %v", n, err)
+	word := make([]byte, 1)
+	if n, err := unix.Read(follower, word); n != 1 || word[0] != wordS3 {
+		t.Errorf("the follower was not let go with the right word: %d, %v, %v", n, word, err)
 	}
 }

@@ -66,6 +66,13 @@ func TestWithoutOwnEnv(t *testing.T) {
 	if got, want := c.withoutOwnEnv(false).env, []string{"PATH=/bin", "EMPTY="}; !reflect.DeepEqual(got, want) {
 		t.Errorf("got %q, want %q", got, want)
 	}
+	c.env = []string{"AWS_ACCESS_KEY_ID=a", "AWS_SECRET_ACCESS_KEY=b", "AWS_SESSION_TOKEN=c", "AWS_REGION=r", "S3_ACCESS_KEY=a", "S3_SECRET_KEY=b", "S3_SESSION_TOKEN=c"}
+	if got := c.withoutOwnEnv(false).env; !reflect.DeepEqual(got, c.env) {
+		t.Errorf("without a store in S3: got %q, want %q", got, c.env)
+	}
+	if got, want := c.withoutOwnEnv(true).env, []string{"AWS_REGION=r"}; !reflect.DeepEqual(got, want) {
+		t.Errorf("with credentials for S3: got %q, want %q", got, want)
+	}
 }
 
 // dockerMounts is the mount table of a container as Docker 28 sets it up, with
