@@ -36,8 +36,8 @@ type RemoteOptions struct {
 	// Insecure allows plain HTTP to hosts other than the loopback ones, or a
 	// certificate that cannot be verified, as "registry+http://" does.
 	Insecure bool
-	// Keychain finds credentials; nil is those that docker and podman use. It
-	// is asked when the registry asks, and again when what it gave is refused.
+	// Keychain finds credentials; nil has none. It is asked when the registry
+	// asks, and again when what it gave is refused.
 	Keychain authn.Keychain
 	// Transport makes the connections; nil is that of Hosts.
 	Transport http.RoundTripper
@@ -146,7 +146,7 @@ func newRemoteBlobs(address string, e hosts.Endpoint, repo string, o RemoteOptio
 		login:    make(chan struct{}, 1),
 	}
 	if r.keychain == nil {
-		r.keychain = authn.DefaultKeychain
+		r.keychain = authn.NewMultiKeychain() // of none
 	}
 	if r.base == nil {
 		r.base = e.Transport

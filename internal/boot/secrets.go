@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,8 +12,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/docker/cli/cli/config"
-	"github.com/docker/cli/cli/config/configfile"
 	"github.com/google/go-containerregistry/pkg/authn"
 	"golang.org/x/sys/unix"
 
@@ -234,29 +233,30 @@ func (s secrets) Resolve(target authn.Resource) (authn.Authenticator, error) {
 		if err != nil {
 			return nil, fmt.Errorf("registry credentials: %w", err)
 		}
-		c, err := config.LoadFromReader(strings.NewReader(string(b)))
-		if err != nil {
+		var c dockerAuths
+		if err := json.Unmarshal(b, &c); err != nil {
 			return nil, fmt.Errorf("registry credentials: %s: %w", f.name, err)
 		}
-		if a, ok := find(c, target.RegistryStr()); ok {
+		if a, ok := c.find(target.RegistryStr()); ok {
 			return a, nil
 		}
 	}
 	return authn.Anonymous, nil
 }
 
-// find looks a registry up in a Docker configuration. Credential helpers are
-// programs that a boot image does not have: only what stands in the file counts.
-func find(c *configfile.ConfigFile, registry string) (authn.Authenticator, bool) {
+// dockerAuths is what counts in a Docker configuration. Credential helpers are
+// programs, which a boot image does not have.
+type dockerAuths struct {
+	Auths map[string]authn.AuthConfig `json:"auths"`
+}
+
+func (c dockerAuths) find(registry string) (authn.Authenticator, bool) {
 	if registry == "index.docker.io" {
 		registry = authn.DefaultAuthKey
 	}
 	for _, key := range []string{registry, "https://" + registry, "https://" + registry + "/v2/"} {
-		if a, ok := c.AuthConfigs[key]; ok {
-			return authn.FromConfig(authn.AuthConfig{
-				Username: a.Username, Password: a.Password, Auth: a.Auth,
-				IdentityToken: a.IdentityToken, RegistryToken: a.RegistryToken,
-			}), true
+		if a, ok := c.Auths[key]; ok {
+			return authn.FromConfig(a), true
 		}
 	}
 	return nil, false

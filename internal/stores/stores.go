@@ -32,9 +32,9 @@ type Source struct {
 }
 
 // Access is who we are to stores elsewhere, and whom we trust there. The zero
-// value has what anybody has: docker's and podman's credentials.
+// value is nobody.
 type Access struct {
-	Keychain authn.Keychain // of registries and web servers; nil: docker's and podman's
+	Keychain authn.Keychain // of registries and web servers; nil has none
 	SSH      sshstore.Options
 	S3       s3store.Options
 	Hosts    *hosts.Hosts // how registries and web servers are reached; nil: as everybody reaches them
@@ -240,15 +240,12 @@ func openS3(address string, s Source) (chunkstore.Store, error) {
 	return s3store.New(address, o)
 }
 
-// webLogin looks up the server at address in k, nil being docker's and podman's
-// credentials. It is nil where they must not be sent.
+// webLogin looks up the server at address in k. It is nil where credentials must
+// not be sent.
 func webLogin(k authn.Keychain, address string) func(context.Context) (httpstore.Login, error) {
 	u, err := url.Parse(address)
-	if err != nil || u.Scheme != "https" && !httpio.IsLoopback(u.Host) {
+	if err != nil || k == nil || u.Scheme != "https" && !httpio.IsLoopback(u.Host) {
 		return nil
-	}
-	if k == nil {
-		k = authn.DefaultKeychain
 	}
 	return func(ctx context.Context) (httpstore.Login, error) {
 		found, err := authn.Resolve(ctx, k, webHost(u.Host))
