@@ -29,6 +29,8 @@ type convertFlags struct {
 	rewriteBelow float64
 	keepTag      bool
 	attestations string
+	cacheFrom    []string
+	cacheTo      []string
 }
 
 // noBase is the value of --base that asks for the canonical form.
@@ -41,6 +43,8 @@ func (f *convertFlags) register(cmd *cobra.Command) {
 	fs.Float64Var(&f.rewriteBelow, "rewrite-below", convert.DefaultRewriteBelow, "`FRACTION` of a pack of the base that must be used; what is used of other packs is stored again")
 	fs.BoolVar(&f.keepTag, "keep-tag", false, "also tag the image keep-DIGEST, so that its packs stay when DST is moved")
 	fs.StringVar(&f.attestations, "attestations", string(convert.Carry), "what becomes of the source's attestations, SBOMs and signatures: carry, refuse or drop `WHAT`")
+	fs.StringArrayVar(&f.cacheFrom, "cache-from", nil, "`CACHE` of an earlier conversion, whose layers need not be fetched: type=local,src=DIR, type=registry,ref=REF, type=inline, DIR or REF; may be repeated")
+	fs.StringArrayVar(&f.cacheTo, "cache-to", nil, "`CACHE` to write: type=local,dest=DIR, type=registry,ref=REF, type=inline (beside DST), DIR or REF; may be repeated")
 	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 
@@ -85,8 +89,17 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 	if err != nil {
 		return usagef("--%w", err)
 	}
+	cacheFrom, err := parseCaches("--cache-from", "src", f.cacheFrom)
+	if err != nil {
+		return err
+	}
+	cacheTo, err := parseCaches("--cache-to", "dest", f.cacheTo)
+	if err != nil {
+		return err
+	}
 	d := f.display()
 	report, err := convert.Run(ctx, convert.Options{
+		CacheFrom: cacheFrom, CacheTo: cacheTo,
 		Base: base, Canonical: f.base == noBase, RewriteBelow: f.rewriteBelow,
 		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, KeepTag: f.keepTag, Attestations: attestations, Access: f.access(), Boot: boot,
 		TempDir: f.tempDir, Transport: t, Progress: d.event, Log: f.logger(d),
@@ -105,6 +118,9 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 func (f *convertFlags) printReport(r *convert.Report) error {
 	var b strings.Builder
 	for _, p := range r.Platforms {
+		if p.CachedLayers > 0 {
+			fmt.Fprintf(&b, "%s: layers known from the cache: %d, %s of %s not fetched\n", p.Platform, p.CachedLayers, scratch.Bytes(p.CachedBytes), scratch.Bytes(p.SourceBytes))
+		}
 		fmt.Fprintf(&b, "%s: %d files, %s in %d chunks", p.Platform, p.Files, scratch.Bytes(p.RootBytes), p.Chunks)
 		fmt.Fprintf(&b, "; %s stored", scratch.Bytes(p.StoredBytes))
 		if p.Packs > 0 {

@@ -4,8 +4,8 @@
 //
 // A [Record] is about one layer, and is found by the digest of the layer's
 // plain tar (its DiffID): the entries that the tar lists, and the chunks of
-// those units of the root image that have a file of the layer and none of one
-// above it. [Record.Seal] makes of it the bytes that a [Place] holds, a
+// those units of the root image that have a file of the layer. [Record.Seal]
+// makes of it the bytes that a [Place] holds, a
 // directory or an artefact in a registry; [Open] reads them back, and refuses
 // what is damaged or of another version. [Cache] asks several places and
 // answers with what is good. An [Image] joins the records of an image's

@@ -213,7 +213,7 @@ func FuzzRecord(f *testing.F) {
 
 func TestImage(t *testing.T) {
 	base := unitOf(1, File{0, 1, 1}, File{0, 2, 3})
-	mixed := unitOf(2, File{0, 3, 1}, File{1, 4, 20}) // record of layer 1: layer 1 is the file of layer 0
+	mixed := unitOf(2, File{0, 3, 1}, File{1, 4, 20}) // in the record of layer 1: the first file is of layer 1
 	foreign := unitOf(3, File{0, 5, 1}, File{1, 6, 1})
 	records := map[string]*Record{
 		diffID(0): {Entries: []byte("zero"), Layers: []string{diffID(0), diffID(9)}, Units: []Unit{base, foreign}},
@@ -243,7 +243,8 @@ func TestImage(t *testing.T) {
 		layer, entry int32
 		chunks       []Chunk
 		offset       int64
-	}{{0, 1, base.Chunks, 0}, {3, 2, base.Chunks, erofs.BlockSize}, {0, 4, mixed.Chunks, erofs.BlockSize}, {1, 1, nil, 0}, {2, 77, nil, 0}} {
+	}{{0, 1, base.Chunks, 0}, {3, 2, base.Chunks, erofs.BlockSize}, {0, 4, mixed.Chunks, erofs.BlockSize},
+		{0, 5, foreign.Chunks, 0}, {1, 1, nil, 0}, {2, 77, nil, 0}} {
 		if chunks, offset := i.Find(tt.layer, tt.entry); !slices.Equal(chunks, tt.chunks) || offset != tt.offset {
 			t.Errorf("file %d of layer %d is at %d of %v", tt.entry, tt.layer, offset, chunks)
 		}
@@ -253,8 +254,12 @@ func TestImage(t *testing.T) {
 	got := i.Records(map[string][]byte{diffID(5): []byte("five")}, []Unit{
 		{Files: []File{{3, 1, 1}, {0, 2, 3}}, Chunks: base.Chunks}, fresh, unitOf(5, File{1, 1, 1}), {},
 	})
+	fresh0 := Unit{Files: []File{{0, 7, 1}, {1, 8, 1}}, Chunks: fresh.Chunks}
 	want := map[string]*Record{
-		diffID(0): {Entries: []byte("zero"), Layers: []string{diffID(0), diffID(9)}, Units: []Unit{base, foreign}},
+		diffID(0): {
+			Entries: []byte("zero"), Layers: []string{diffID(0), diffID(5), diffID(9)},
+			Units: []Unit{base, fresh0, {Files: []File{{0, 5, 1}, {2, 6, 1}}, Chunks: foreign.Chunks}},
+		},
 		diffID(1): {Entries: []byte("one"), Layers: []string{diffID(1), diffID(0)}, Units: []Unit{mixed}},
 		diffID(5): {Entries: []byte("five"), Layers: []string{diffID(5), diffID(0)}, Units: []Unit{{Files: []File{{1, 7, 1}, {0, 8, 1}}, Chunks: fresh.Chunks}}},
 	}

@@ -34,33 +34,35 @@ func NewImage(diffIDs []string, records map[string]*Record) *Image {
 		i.number[id] = int32(n)
 	}
 	delete(i.number, "")
-	i.each(func(files []File, chunks []Chunk) { i.chunks[key(files)] = chunks })
+	for _, r := range records {
+		for _, u := range r.Units {
+			if files, ok := i.of(r.Layers, u.Files); ok {
+				i.chunks[key(files)] = u.Chunks
+			}
+		}
+	}
 	i.places = sync.OnceValue(i.findFiles)
 	return i
 }
 
-// each calls do with every unit of the records whose files are all of layers of
-// the image.
-func (i *Image) each(do func(files []File, chunks []Chunk)) {
+// findFiles looks for files also where their neighbours are of other images.
+func (i *Image) findFiles() map[[2]int32]place {
+	out := make(map[[2]int32]place)
 	for _, id := range slices.Sorted(maps.Keys(i.records)) {
 		r := i.records[id]
 		for _, u := range r.Units {
-			if files, ok := i.of(r.Layers, u.Files); ok {
-				do(files, u.Chunks)
+			var offset int64
+			for _, f := range u.Files {
+				if n, ok := i.number[r.Layers[f.Layer]]; ok {
+					at := [2]int32{n, f.Entry}
+					if _, ok := out[at]; !ok { // the first unit is of the latest image
+						out[at] = place{u.Chunks, offset}
+					}
+				}
+				offset += int64(f.Blocks) * erofs.BlockSize
 			}
 		}
 	}
-}
-
-func (i *Image) findFiles() map[[2]int32]place {
-	out := make(map[[2]int32]place)
-	i.each(func(files []File, chunks []Chunk) {
-		var offset int64
-		for _, f := range files {
-			out[[2]int32{f.Layer, f.Entry}] = place{chunks, offset}
-			offset += int64(f.Blocks) * erofs.BlockSize
-		}
-	})
 	return out
 }
 
@@ -115,15 +117,15 @@ const keptUnits = 256
 
 // Records returns the records for the next conversion: the image's units, and
 // of those that it was made with no more than there are of the image. entries
-// are those of the layers that had no record, by DiffID. It may change units.
+// are those of the layers that were read, by DiffID. It may change units.
 func (i *Image) Records(entries map[string][]byte, units []Unit) map[string]*Record {
 	out := make(map[string]*Record)
 	for id := range i.number {
 		switch old := i.records[id]; {
-		case old != nil:
-			out[id] = &Record{Entries: old.Entries, Layers: []string{id}}
 		case entries[id] != nil:
 			out[id] = &Record{Entries: entries[id], Layers: []string{id}}
+		case old != nil:
+			out[id] = &Record{Entries: old.Entries, Layers: []string{id}}
 		}
 	}
 	used := make(map[string]bool)
@@ -132,9 +134,13 @@ func (i *Image) Records(entries map[string][]byte, units []Unit) map[string]*Rec
 			continue
 		}
 		used[key(u.Files)] = true
-		top := slices.MaxFunc(u.Files, func(a, b File) int { return int(a.Layer - b.Layer) }).Layer
-		if r := out[i.layers[top]]; r != nil {
-			r.add(i.layers, u)
+		// Each of the layers knows the unit: one of the others may be replaced,
+		// and the files of this one are still found.
+		for k, f := range u.Files {
+			r := out[i.layers[f.Layer]]
+			if r != nil && !slices.ContainsFunc(u.Files[:k], func(g File) bool { return g.Layer == f.Layer }) {
+				r.add(i.layers, u)
+			}
 		}
 	}
 	for id, r := range out {

@@ -34,7 +34,9 @@ type baseImage struct {
 	packs    []registrystore.PackDescriptor
 	gone     []bool                              // by pack: it cannot be read
 	chunks   map[index.ID]registrystore.Location // of its distinct chunks that lie in packs
-	places   []place                             // where its packs may be, the likeliest first
+	parsed   *index.Index
+	locators *registrystore.Locators
+	places   []place // where its packs may be, the likeliest first
 }
 
 // place is where packs are read from.
@@ -176,6 +178,7 @@ func (b *baseImage) read(c *assembly.Contents) error {
 		}
 		b.packs = append(b.packs, p)
 	}
+	b.parsed, b.locators = x, l
 	b.gone = make([]bool, len(b.packs))
 	b.chunks = make(map[index.ID]registrystore.Location, x.Len())
 	used := make([]int64, len(b.packs))
@@ -214,6 +217,13 @@ func (b *baseImage) has(id index.ID) bool {
 	}
 	_, ok := b.chunks[id]
 	return ok
+}
+
+// readable reports whether the base has a chunk in a pack that can be read, as
+// far as is known.
+func (b *baseImage) readable(id index.ID) bool {
+	at, ok := b.chunks[id]
+	return ok && !b.gone[at.Pack]
 }
 
 // of returns the base of a platform, nil if there is none.

@@ -81,7 +81,7 @@ func Blob(ctx context.Context, w io.Writer, o BlobOptions) (*BlobReport, error) 
 		frames: make(map[index.ID]*frame),
 	}
 	units := func(yield func(unit) bool) {
-		yield(unit{0, size, func() io.Reader { return &blobReader{f: f, size: size} }})
+		yield(unit{Size: size, Open: func() io.Reader { return &blobReader{f: f, size: size} }})
 	}
 	m := newMeter(o.Progress, "", PhaseChunks, size)
 	r := &BlobReport{File: o.File, Store: store.String(), Bytes: size}

@@ -71,7 +71,7 @@ func TestPipelineHoles(t *testing.T) {
 						}
 						return []byte(id.String()), nil
 					}}
-				var units iter.Seq[unit] = func(yield func(unit) bool) { yield(unit{7, int64(len(data)), open}) }
+				var units iter.Seq[unit] = func(yield func(unit) bool) { yield(unit{Offset: 7, Size: int64(len(data)), Open: open}) }
 				return runPlaced(t, p, units, nil)
 			}
 			want := run(func() io.Reader { return bytes.NewReader(data) })

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/container-bootfs/bootfs/chunker"
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
@@ -151,7 +153,7 @@ func unitsWith(plan *rootimage.Plan, spans []span) iter.Seq[unit] {
 func unitsOf(plan *rootimage.Plan) iter.Seq[unit] {
 	return func(yield func(unit) bool) {
 		for u := range plan.Units() {
-			if !yield(unit{u.Offset, u.Size, func() io.Reader { return plan.Open(u) }}) {
+			if !yield(unit{Offset: u.Offset, Size: u.Size, Open: func() io.Reader { return plan.Open(u) }}) {
 				return
 			}
 		}
@@ -217,7 +219,7 @@ func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, 
 	}
 	stored := chunkstore.Encode(nil, plain)
 	if err := l.put(ctx, id, stored); err != nil {
-		return nil, fmt.Errorf("store %s: %w", l.store, err)
+		return nil, in(Destination, fmt.Errorf("store %s: %w", l.store, err))
 	}
 	l.written.Add(int64(len(stored)))
 	return stored, nil
@@ -226,11 +228,43 @@ func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, 
 // renew makes a chunk young that is there already: a gc that has found it
 // unused shall not take it from the image that is being made.
 func (l *loose) renew(ctx context.Context, id index.ID, stored []byte) error {
-	e, ok := l.store.(chunkstore.Expirer)
-	if !ok || e.Touch(ctx, id) == nil {
+	if l.touch(ctx, id) {
 		return nil
 	}
 	return l.put(ctx, id, stored) // gc was faster, or the file is another user's
+}
+
+func (l *loose) touch(ctx context.Context, id index.ID) bool {
+	e, ok := l.store.(chunkstore.Expirer)
+	return !ok || e.Touch(ctx, id) == nil
+}
+
+// missing returns those of chunks that have to be read: the store is asked for
+// the ones that a cache knows, and the others have been read already. What the
+// store has is not looked at.
+func (l *loose) missing(ctx context.Context, chunks []wantedChunk) []wantedChunk {
+	there := make([]bool, len(chunks))
+	var g errgroup.Group
+	g.SetLimit(l.workers())
+	for i, c := range chunks {
+		if c.cached && c.stored > 0 {
+			g.Go(func() error {
+				ok, err := l.store.Has(ctx, c.ID)
+				there[i] = ok && err == nil && l.touch(ctx, c.ID)
+				return nil
+			})
+		}
+	}
+	_ = g.Wait() // that one cannot be asked for is no error: it is stored
+	var out []wantedChunk
+	for i, c := range chunks {
+		if there[i] {
+			l.reused.Add(int64(c.stored))
+		} else {
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 const (
@@ -266,8 +300,9 @@ func insist(ctx context.Context, do func() error) error {
 	}
 }
 
-func (l *loose) add(index.ID, []byte, bool) (registrystore.Location, error) {
-	return registrystore.Location{}, nil
+// add says how long the stored form is; a loose store has no other places.
+func (l *loose) add(_ index.ID, stored []byte, _ bool) (registrystore.Location, error) {
+	return registrystore.Location{Length: len(stored)}, nil
 }
 func (l *loose) zeros() bool { return true } // casync asks for them
 // workers counts those that wait: each chunk is made durable, and over SSH that

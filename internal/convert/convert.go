@@ -83,12 +83,14 @@ type Report struct {
 type PlatformReport struct {
 	Platform     string `json:"platform"`
 	SourceDigest string `json:"sourceDigest"`
-	SourceBytes  int64  `json:"sourceBytes"` // of the layers as stored
-	IndexDigest  string `json:"indexDigest"` // names the root
-	Files        int64  `json:"files"`       // inodes
-	RootBytes    int64  `json:"rootBytes"`   // of the root image
-	Chunks       int    `json:"chunks"`      // of the index
-	ZeroChunks   int    `json:"zeroChunks"`  // of them, all zeros
+	SourceBytes  int64  `json:"sourceBytes"`  // of the layers as stored
+	CachedLayers int    `json:"cachedLayers"` // layers that a cache knew and that were not read
+	CachedBytes  int64  `json:"cachedBytes"`  // of SourceBytes, those of CachedLayers
+	IndexDigest  string `json:"indexDigest"`  // names the root
+	Files        int64  `json:"files"`        // inodes
+	RootBytes    int64  `json:"rootBytes"`    // of the root image
+	Chunks       int    `json:"chunks"`       // of the index
+	ZeroChunks   int    `json:"zeroChunks"`   // of them, all zeros
 	Distinct     int    `json:"distinctChunks"`
 	StoredBytes  int64  `json:"storedBytes"` // of the distinct chunks, compressed
 

@@ -19,15 +19,15 @@ import (
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
-// nowhere is a sink that only names chunks.
-type nowhere struct{}
+// nowhere is a sink that only names chunks; those of zeros too if it is true.
+type nowhere bool
 
 func (nowhere) encode(context.Context, index.ID, []byte) ([]byte, error) { return []byte{}, nil }
 func (nowhere) add(index.ID, []byte, bool) (registrystore.Location, error) {
 	return registrystore.Location{}, nil
 }
-func (nowhere) zeros() bool  { return false }
-func (nowhere) workers() int { return runtime.GOMAXPROCS(0) }
+func (n nowhere) zeros() bool { return bool(n) }
+func (nowhere) workers() int  { return runtime.GOMAXPROCS(0) }
 
 // IndexDigest is the digest of the index that Run would make of t.
 func IndexDigest(ctx context.Context, t *tree.Tree, progress func(int64)) (string, error) {
@@ -35,7 +35,7 @@ func IndexDigest(ctx context.Context, t *tree.Tree, progress func(int64)) (strin
 	if err != nil {
 		return "", in(Source, err)
 	}
-	n, err := nameImage(ctx, plan, nil, progress)
+	n, err := nameImage(ctx, plan, nil, nil, false, progress)
 	if err != nil {
 		return "", err
 	}
@@ -45,15 +45,16 @@ func IndexDigest(ctx context.Context, t *tree.Tree, progress func(int64)) (strin
 // named is a root image that has been cut and named.
 type named struct {
 	index    []byte        // the file
-	first    []int         // by position in the index: position of the same chunk in distinct, -1 for zeros
+	first    []int         // by position in the index: position of the same chunk in distinct, -1 if it is not there
 	distinct []wantedChunk // in the order of the image
 	report   PlatformReport
 }
 
-// nameImage cuts the root image of plan and names its chunks. Those with a
-// byte in start are the start set.
-func nameImage(ctx context.Context, plan *rootimage.Plan, start []span, progress func(int64)) (*named, error) {
-	p, err := newPipeline(nowhere{})
+// nameImage cuts the root image of plan, as far as s does not know its chunks,
+// and names them. Those with a byte in start are the start set. Chunks of zeros
+// are not among the distinct ones unless withZeros says so. s may be nil.
+func nameImage(ctx context.Context, plan *rootimage.Plan, start []span, s *source, withZeros bool, progress func(int64)) (*named, error) {
+	p, err := newPipeline(nowhere(withZeros))
 	if err != nil {
 		return nil, err
 	}
@@ -61,14 +62,19 @@ func nameImage(ctx context.Context, plan *rootimage.Plan, start []span, progress
 	zeros := make(map[index.ID]bool)
 	var file bytes.Buffer
 	w := index.NewWriter(&file, chunker.V1, index.SHA256)
-	err = p.run(ctx, unitsOf(plan), nil, func(c *chunk, _ []byte, number int) (int, error) {
+	err = p.run(ctx, s.units(plan), nil, func(c *chunk, _ []byte, number int) (int, error) {
 		if c.Zero {
 			out.report.ZeroChunks++
+		}
+		if c.Zero && !withZeros {
 			zeros[c.ID] = true
 		} else {
 			if number < 0 {
 				number = len(out.distinct)
-				out.distinct = append(out.distinct, wantedChunk{Chunk: index.Chunk{ID: c.ID, Offset: c.Offset, Size: c.Size}})
+				out.distinct = append(out.distinct, wantedChunk{
+					Chunk:  index.Chunk{ID: c.ID, Offset: c.Offset, Size: c.Size},
+					cached: c.cached, stored: c.stored,
+				})
 			}
 			if overlaps(start, c.Offset, int64(c.Size)) {
 				out.distinct[number].start = true
@@ -158,10 +164,10 @@ func (b *baseImage) look(ctx context.Context, k keptPack, at registrystore.Locat
 }
 
 // chunksOn stores what b does not have of the root image of plan.
-func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage.Plan, start []span, platform string) (*chunked, []registrystore.Pack, error) {
+func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage.Plan, start []span, s *source, platform string) (*chunked, []registrystore.Pack, error) {
 	clock := newClock()
 	naming := p.c.meter(platform, PhaseNames, plan.Size())
-	n, err := nameImage(ctx, plan, start, naming.add)
+	n, err := nameImage(ctx, plan, start, s, false, naming.add)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -174,6 +180,7 @@ func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage
 	out.report.NameSeconds = clock.lap()
 
 	var first, rest []wantedChunk // that are to be stored: of the start set, and others
+	var lost []span               // of them, what only the layers have
 	total := int64(0)
 	for _, c := range n.distinct {
 		switch at, ok := r.at[c.ID]; {
@@ -186,7 +193,11 @@ func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage
 			rest = append(rest, c)
 		}
 		total += int64(c.Size)
+		if c.cached && !b.readable(c.ID) {
+			lost = append(lost, span{c.Offset, int64(c.Size)})
+		}
 	}
+	s.fetch(plan, lost)
 	if total == 0 && digestOf(n.index) == b.index && r.whole(b) {
 		// This is the base's image once more, which shall not get another
 		// digest for that.
@@ -278,7 +289,7 @@ func (p *chunkPlace) bring(ctx context.Context, kept []keptPack, from []place) (
 // encoder reads chunks that have been named a second time, and stores them.
 type encoder struct {
 	plan     *rootimage.Plan
-	sink     *packs
+	sink     sink
 	kept     int                                 // packs before those of sink
 	at       map[index.ID]registrystore.Location // learns where they lie
 	report   *PlatformReport

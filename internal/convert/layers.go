@@ -9,8 +9,6 @@ import (
 
 	"github.com/container-bootfs/bootfs/internal/layer"
 	"github.com/container-bootfs/bootfs/internal/scratch"
-	"github.com/container-bootfs/bootfs/internal/transport"
-	"github.com/container-bootfs/bootfs/internal/tree"
 )
 
 // expansion is what a compressed layer is taken to grow by when it is spooled.
@@ -71,25 +69,4 @@ func ReadLayers(ctx context.Context, blobs []layer.Blob, tempDir string, progres
 		return nil, nil, in(Source, scratch.Explain(tempDir, err))
 	}
 	return layers, done, nil
-}
-
-// readTree reads the layers of img and merges them. The tree's contents can be
-// read until closeLayers is called. read counts the stored bytes.
-func (c *conversion) readTree(ctx context.Context, img transport.Image) (root *tree.Tree, closeLayers func(), read int64, err error) {
-	total := int64(0)
-	for _, b := range img.Layers {
-		total += max(0, b.Size)
-	}
-	progress := c.meter(img.Platform.String(), PhaseLayers, total)
-	layers, closeLayers, err := ReadLayers(ctx, img.Layers, c.o.TempDir, progress.add)
-	if err != nil {
-		return nil, nil, 0, err
-	}
-	progress.end()
-	root, err = layer.Merge(layers)
-	if err != nil {
-		closeLayers()
-		return nil, nil, 0, in(Source, err)
-	}
-	return root, closeLayers, total, nil
 }

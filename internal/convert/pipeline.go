@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/convcache"
 )
 
 // The pipeline's memory, in bytes and chunks. Plain bytes wait in slabs until
@@ -26,6 +27,9 @@ const (
 type unit struct {
 	Offset, Size int64 // in the root image, bytes
 	Open         func() io.Reader
+	// Chunks are those of the unit where they are known: it is not read then,
+	// and its chunks can be named but not encoded.
+	Chunks []convcache.Chunk
 }
 
 // sparse is a unit's reader that knows where zeros lie, and can pass over them.
@@ -70,8 +74,11 @@ type chunk struct {
 	Size   int   // bytes
 	Zero   bool  // all its bytes are zero
 
-	plain  []byte
-	slab   *slab         // nil for one of a hole, whose ID and Zero are valid at once
+	cached bool // it is of unit.Chunks
+	stored int  // of such a chunk: bytes of the stored form
+
+	plain  []byte        // nil for one of unit.Chunks
+	slab   *slab         // nil for one of these or of a hole, whose ID and Zero are valid at once
 	frame  *frame        // nil for a zero chunk that is not encoded
 	hashed chan struct{} // closed when ID, Zero and frame are valid
 }
@@ -171,6 +178,16 @@ func (p *pipeline) read(ctx context.Context, units iter.Seq[unit], free <-chan *
 	}
 	var zeros chunk // one as holes are cut into
 	for u := range units {
+		if u.Chunks != nil {
+			off := u.Offset
+			for _, k := range u.Chunks {
+				if err := emit(&chunk{ID: k.ID, Offset: off, Size: k.Size, Zero: k.Zero, cached: true, stored: k.Stored, hashed: make(chan struct{})}); err != nil {
+					return err
+				}
+				off += int64(k.Size)
+			}
+			continue
+		}
 		r, left, off := u.Open(), u.Size, u.Offset
 		have := 0 // bytes read behind pos
 		holes, _ := r.(sparse)

@@ -20,7 +20,7 @@ func sliceUnits(parts ...[]byte) iter.Seq[unit] {
 	return func(yield func(unit) bool) {
 		var off int64
 		for _, p := range parts {
-			if !yield(unit{off, int64(len(p)), func() io.Reader { return bytes.NewReader(p) }}) {
+			if !yield(unit{Offset: off, Size: int64(len(p)), Open: func() io.Reader { return bytes.NewReader(p) }}) {
 				return
 			}
 			off += int64(len(p))
@@ -179,7 +179,7 @@ func TestPipelineErrors(t *testing.T) {
 		want error
 	}{
 		{"short reader", func(ctx context.Context, _ func()) error {
-			u := unit{0, 100, func() io.Reader { return bytes.NewReader(data[:99]) }}
+			u := unit{Size: 100, Open: func() io.Reader { return bytes.NewReader(data[:99]) }}
 			return newPipeline().run(ctx, slices.Values([]unit{u}), nil, place)
 		}, io.ErrUnexpectedEOF},
 		{"encode", func(ctx context.Context, _ func()) error {

@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/internal/stores"
@@ -114,15 +115,19 @@ func loopbackHost(address string) string {
 	return u.Host
 }
 
-// chunks puts the chunks of plan away, on top of what b has where it is not
-// nil. list is nil for single chunks.
-func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []span, b *baseImage, platform string) (ch *chunked, list []registrystore.Pack, err error) {
-	if b != nil {
-		if ch, list, err = p.chunksOn(ctx, b, plan, start, platform); err != nil {
+// chunks puts the chunks of plan, which is of s, away, on top of what b has
+// where it is not nil. list is nil for single chunks.
+func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []span, s *source, b *baseImage, platform string) (ch *chunked, list []registrystore.Pack, err error) {
+	switch {
+	case b != nil:
+		if ch, list, err = p.chunksOn(ctx, b, plan, start, s, platform); err != nil {
 			return nil, nil, err
 		}
 		ch.report.count(list)
 		return ch, list, nil
+	case p.loose != nil && s.cached():
+		ch, err = p.looseOn(ctx, plan, s, platform)
+		return ch, nil, err
 	}
 	progress := p.c.meter(platform, PhaseChunks, plan.Size())
 	if p.loose != nil {
@@ -147,6 +152,47 @@ func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []s
 	}
 	progress.end()
 	return ch, list, nil
+}
+
+// looseOn stores what a store of single chunks lacks of the root image of plan,
+// most of whose chunks are known.
+func (p *chunkPlace) looseOn(ctx context.Context, plan *rootimage.Plan, s *source, platform string) (*chunked, error) {
+	clock := newClock()
+	naming := p.c.meter(platform, PhaseNames, plan.Size())
+	n, err := nameImage(ctx, plan, nil, s, true, naming.add)
+	if err != nil {
+		return nil, err
+	}
+	naming.end()
+	out := &chunked{index: n.index, report: n.report}
+	out.report.NameSeconds = clock.lap()
+
+	l := &loose{store: p.loose}
+	rest := l.missing(ctx, n.distinct)
+	var lost []span
+	total := int64(0)
+	for _, c := range rest {
+		if total += int64(c.Size); c.cached {
+			lost = append(lost, span{c.Offset, int64(c.Size)})
+		}
+	}
+	s.fetch(plan, lost)
+	at := make(map[index.ID]registrystore.Location)
+	for _, c := range n.distinct {
+		at[c.ID] = registrystore.Location{Length: c.stored}
+	}
+	out.report.StoredBytes = l.reused.Load()
+	chunking := p.c.meter(platform, PhaseChunks, total)
+	e := &encoder{plan: plan, sink: l, at: at, report: &out.report, progress: chunking.add}
+	if err := e.run(ctx, rest); err != nil {
+		return nil, err
+	}
+	chunking.end()
+	for _, number := range n.first {
+		out.locations = append(out.locations, at[n.distinct[number].ID])
+	}
+	out.report.NewBytes, out.report.ReusedBytes = l.written.Load(), l.reused.Load()
+	return out, nil
 }
 
 // count takes the packs of an image, which are list, into account.

@@ -33,6 +33,8 @@ const DefaultRewriteBelow = 0.5
 type wantedChunk struct {
 	index.Chunk      // where the image has it first
 	start       bool // it belongs to the start set
+	cached      bool // a cache knows it: its bytes were not read
+	stored      int  // bytes of the stored form, where a cache knows it
 }
 
 // reuse says what of a base a new image refers to.

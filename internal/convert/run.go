@@ -18,6 +18,7 @@ import (
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/assembly"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/internal/convcache"
 	"github.com/container-bootfs/bootfs/internal/erofs"
 	"github.com/container-bootfs/bootfs/internal/layer"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
@@ -59,6 +60,9 @@ type Options struct {
 	// Attestations says what becomes of what signs or describes the source; ""
 	// is Carry.
 	Attestations Attestations
+	// CacheFrom are the conversion caches that are asked for layers, in order;
+	// CacheTo those that are written. Their faults fail nothing.
+	CacheFrom, CacheTo []CachePlace
 	// Boot returns the boot binary for a platform.
 	Boot func(v1.Platform) (*assembly.BootLayer, error)
 	// TempDir holds temporary files; "" means os.TempDir(). They have no name
@@ -104,6 +108,7 @@ type conversion struct {
 	base   *base // nil without
 	dest   transport.Destination
 	to     *chunkPlace
+	cache  *convcache.Cache // nil without
 	upload *meter
 }
 
@@ -175,6 +180,12 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 		return nil, err
 	}
 	defer c.base.close()
+	var closeCache func()
+	c.cache, closeCache, err = c.openCache()
+	defer closeCache()
+	if err != nil {
+		return nil, err
+	}
 
 	var out []transport.PlatformImage
 	for _, img := range images {
@@ -198,6 +209,9 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	}
 	if report.Digest, err = c.dest.Commit(ctx, out); err != nil {
 		return nil, in(Destination, err)
+	}
+	if c.cache != nil {
+		c.cache.Save(ctx)
 	}
 	c.upload.end()
 	return report, nil
@@ -254,17 +268,34 @@ func (c *conversion) choose(images []transport.Image, report *Report) ([]input, 
 	return out, nil
 }
 
-// platform converts one image, all but its manifests.
+// platform converts one image, all but its manifests. Where that fails with
+// layers of a cache, it is done without: what the cache says may be at fault.
 func (c *conversion) platform(ctx context.Context, img input) (transport.PlatformImage, *PlatformReport, error) {
-	fail := func(err error) (transport.PlatformImage, *PlatformReport, error) {
-		return transport.PlatformImage{}, nil, err
+	out, r, fromCache, err := c.tryPlatform(ctx, img, true)
+	var e *Error
+	if err != nil && fromCache && ctx.Err() == nil && (!errors.As(err, &e) || e.Part == Source) {
+		c.o.Log.Warn(fmt.Sprintf("converting again without the cache: %v", err))
+		out, r, _, err = c.tryPlatform(ctx, img, false)
+	}
+	return out, r, err
+}
+
+// tryPlatform says in fromCache whether layers of a cache were used.
+func (c *conversion) tryPlatform(ctx context.Context, img input, useCache bool) (_ transport.PlatformImage, _ *PlatformReport, fromCache bool, _ error) {
+	fail := func(err error) (transport.PlatformImage, *PlatformReport, bool, error) {
+		return transport.PlatformImage{}, nil, fromCache, err
 	}
 	clock := newClock()
-	root, closeLayers, read, err := c.readTree(ctx, img.Image)
+	base := c.base.of(img.Platform)
+	s, err := c.readTree(ctx, img.Image, base, useCache)
+	if s != nil {
+		defer s.close()
+		fromCache = s.cached()
+	}
 	if err != nil {
 		return fail(err)
 	}
-	defer closeLayers()
+	root := s.root
 	layerSeconds := clock.lap()
 	plan, err := rootimage.New(root)
 	if err != nil {
@@ -283,12 +314,12 @@ func (c *conversion) platform(ctx context.Context, img input) (transport.Platfor
 	}
 	mergeSeconds := clock.lap()
 
-	ch, list, err := c.to.chunks(ctx, plan, start, c.base.of(img.Platform), img.Platform.String())
+	ch, list, err := c.to.chunks(ctx, plan, start, s, base, img.Platform.String())
 	if err != nil {
 		return fail(err)
 	}
 	r := &ch.report
-	r.Platform, r.SourceDigest, r.SourceBytes = img.Platform.String(), img.Digest, read
+	r.Platform, r.SourceDigest = img.Platform.String(), img.Digest
 	r.LayerSeconds, r.MergeSeconds, r.ChunkSeconds = layerSeconds, mergeSeconds, clock.lap()-r.NameSeconds
 	r.IndexDigest, r.Files = digestOf(ch.index), int64(meta.Inodes())
 
@@ -297,7 +328,13 @@ func (c *conversion) platform(ctx context.Context, img input) (transport.Platfor
 		return fail(err)
 	}
 	r.ImageSeconds = clock.lap()
-	return out, r, nil
+	if err := s.finish(r); err != nil {
+		return fail(err)
+	}
+	if err := c.keep(s, plan, ch); err != nil {
+		return fail(err)
+	}
+	return out, r, fromCache, nil
 }
 
 // assemble makes the image of what is known, and completes the report on it.

@@ -114,6 +114,27 @@ func (r Ref) String() string {
 	return r.Transport + ":" + r.Path + ":" + r.Name
 }
 
+// WithTagSuffix names the tag beside r's that has suffix behind it: an image
+// name without a transport.
+func (r Ref) WithTagSuffix(suffix string) (string, error) {
+	if r.Transport != Registry {
+		return "", fmt.Errorf("%s is not in a registry", r)
+	}
+	ref, err := name.ParseReference(r.Name)
+	if err != nil {
+		return "", err
+	}
+	tag, ok := ref.(name.Tag)
+	if !ok {
+		return "", fmt.Errorf("%s has no tag", r)
+	}
+	beside := ref.Context().Tag(tag.TagStr() + suffix)
+	if _, err := name.NewTag(beside.Name()); err != nil {
+		return "", err
+	}
+	return beside.Name(), nil
+}
+
 // HoldsPacks reports whether the place that r names can hold packs and several
 // platforms beside one another: a registry and OCI layouts can, what Docker
 // loads cannot.
