@@ -39,7 +39,8 @@ type pin struct {
 // UserOptions are those of the person at the terminal: the name, agent, keys
 // and known hosts that ssh would use, as far as they are there.
 func UserOptions() Options {
-	o := Options{User: os.Getenv("USER"), Agent: os.Getenv("SSH_AUTH_SOCK"), Accept: "~/.ssh/known_hosts"}
+	o := Options{User: os.Getenv("USER"), Agent: os.Getenv("SSH_AUTH_SOCK"), Accept: "~/.ssh/known_hosts",
+		Advice: "put a key into ~/.ssh, or with ssh-add into an agent if it has a passphrase"}
 	there := func(path string) bool {
 		_, err := os.Stat(path)
 		return err == nil
