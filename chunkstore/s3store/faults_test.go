@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -119,6 +120,53 @@ func TestFaults(t *testing.T) {
 			t.Errorf("after the fault: %v", err)
 		}
 	})
+}
+
+// TestPutFaults: a write that fails says whether to try again, and the next one
+// finds the server well.
+func TestPutFaults(t *testing.T) {
+	id, frame := chunk(1, 200_000)
+	reset := func(w http.ResponseWriter) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			conn.(*net.TCPConn).SetLinger(0)
+			conn.Close()
+		}
+	}
+	// A server that reads nothing does not learn that its client has left.
+	long := func() { time.Sleep(2 * putPatience * quick) }
+	for _, tt := range []struct {
+		name  string
+		fault http.HandlerFunc
+		want  string
+	}{
+		{"no answer", func(_ http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body); long() }, "stalled: no answer in 2.1s"},
+		{"nothing is taken", func(http.ResponseWriter, *http.Request) { long() }, "stalled: no answer in 2.1s"},
+		{"reset", func(w http.ResponseWriter, r *http.Request) { io.Copy(io.Discard, r.Body); reset(w) }, "connection reset"},
+		{"500", func(w http.ResponseWriter, r *http.Request) { xmlError(w, 500, "<Code>InternalError</Code>") }, "InternalError"},
+		{"web page", func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "text/html")
+			io.WriteString(w, "<html>")
+		}, "got a web page"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var stored bytes.Buffer
+			var requests atomic.Int64
+			s := answering(t, static.sources(), func(w http.ResponseWriter, r *http.Request) {
+				if requests.Add(1) == 1 {
+					tt.fault(w, r)
+					return
+				}
+				io.Copy(&stored, r.Body)
+			})
+			s.stall = quick
+			wantError(t, "Put", s.Put(t.Context(), id, frame), tt.want, true)
+			if err := s.Put(t.Context(), id, frame); err != nil || !bytes.Equal(stored.Bytes(), frame) {
+				t.Errorf("after the fault: %v, %d bytes stored", err, stored.Len())
+			}
+		})
+	}
 }
 
 // answering starts a server that answers all that a Store asks with handler,

@@ -8,6 +8,9 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -154,6 +157,31 @@ func TestStyles(t *testing.T) {
 				t.Errorf("after removing: got %v, want ErrNotFound", err)
 			}
 		})
+	}
+}
+
+// TestPayload: the body is hashed for the signature where nothing else protects
+// it; the server takes both forms.
+func TestPayload(t *testing.T) {
+	bucket := newBucket(t)
+	id, frame := chunk(1, 5000)
+	var got string
+	pass := httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) {
+		r.SetURL(&url.URL{Scheme: "http", Host: server.Address})
+		r.Out.Host = r.In.Host // it is signed
+		got = r.In.Header.Get("X-Amz-Content-Sha256")
+	}}
+	plain, secure := httptest.NewServer(&pass), httptest.NewTLSServer(&pass)
+	defer plain.Close()
+	defer secure.Close()
+	for address, want := range map[string]string{plain.URL: hexSum(frame), secure.URL: unsignedPayload} {
+		s := open(t, "s3+"+address+"/"+bucket, Options{Transport: secure.Client().Transport})
+		if err := s.Put(t.Context(), id, frame); err != nil || got != want {
+			t.Errorf("%s: %v, the hash of the body is %q, want %q", s, err, got, want)
+		}
+		if b, err := s.Get(t.Context(), id, nil); err != nil || !bytes.Equal(b, frame) || got != emptyPayload {
+			t.Errorf("%s: got %d bytes, %v, with hash %q", s, len(b), err, got)
+		}
 	}
 }
 
