@@ -197,3 +197,51 @@ func TestSSHAgent(t *testing.T) {
 		}
 	}
 }
+
+// TestSecretsS3: files count as they are now, and the app's own do not.
+func TestSecretsS3(t *testing.T) {
+	s, dir := planted(t, map[string]string{"secrets/credentials": "one", "bootfs-credentials": "two", "token/token": "jwt", "apps/credentials": "no"})
+	tokens := filepath.Join(dir, "token")
+	o := s.s3(&settings{env: []string{
+		"AWS_WEB_IDENTITY_TOKEN_FILE=" + tokens + "/token", "AWS_SHARED_CREDENTIALS_FILE=" + dir + "/apps/credentials", "HOME=" + dir, "AWS_REGION=r", "AWS_REGION_2=x",
+	}})
+	read := func() string {
+		t.Helper()
+		files, err := o.Sources.Profiles()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, f := range files {
+			if !strings.HasPrefix(f.Name, dir) {
+				t.Errorf("%s is not the name that the user knows", f.Name)
+			}
+			got = append(got, string(f.Data))
+		}
+		return strings.Join(got, " ")
+	}
+	if got := read(); got != "one two" {
+		t.Errorf("got %q", got)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "secrets/credentials"), []byte("new"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := read(); got != "new two" {
+		t.Errorf("after a change: got %q", got)
+	}
+	for name, want := range map[string]string{"AWS_REGION": "r", "AWS_SHARED_CREDENTIALS_FILE": "", "HOME": "", "AWS_PROFILE": ""} {
+		if got := o.Sources.Getenv(name); got != want {
+			t.Errorf("%s: got %q, want %q", name, got, want)
+		}
+	}
+	// As after the switch of the root, the path leads nowhere.
+	if err := os.Rename(tokens, filepath.Join(dir, "moved")); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := o.Sources.ReadFile(tokens + "/token"); err != nil || string(b) != "jwt" {
+		t.Errorf("the token: got %q, %v", b, err)
+	}
+	if b, err := o.Sources.ReadFile(filepath.Join(dir, "apps/credentials")); err == nil {
+		t.Errorf("a file that no variable of boot's names: got %q", b)
+	}
+}
