@@ -1,14 +1,18 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
 	"text/tabwriter"
+	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/scratch"
@@ -78,29 +82,39 @@ type inspection struct {
 
 // platform is what inspect shows of one platform.
 type platform struct {
-	Platform     string   `json:"platform"`
-	Digest       string   `json:"digest"` // of the boot image
-	Profile      string   `json:"profile"`
-	Source       string   `json:"source"`
-	SourceDigest string   `json:"sourceDigest"`
-	Base         string   `json:"base,omitempty"` // boot image whose packs it refers to beside its own
-	IndexDigest  string   `json:"indexDigest"`
-	RootBytes    int64    `json:"rootBytes"`
-	MetaBytes    int64    `json:"metaBytes"`
-	FileBytes    int64    `json:"fileBytes"` // logical sizes of the regular files
-	Inodes       int      `json:"inodes"`
-	Regular      int      `json:"regularFiles"`
-	Directories  int      `json:"directories"`
-	Symlinks     int      `json:"symlinks"`
-	Chunks       int      `json:"chunks"`
-	Distinct     int      `json:"distinctChunks"`
-	Packs        []pack   `json:"packs,omitempty"`
-	StoredBytes  int64    `json:"storedBytes"` // of the distinct chunks; 0 for loose stores
-	StartChunks  int      `json:"startChunks"`
-	StartBytes   int64    `json:"startBytes"` // stored
-	Stores       []string `json:"stores"`
-	XattrClasses []string `json:"xattrClasses,omitempty"`
-	BootBytes    int64    `json:"bootBytes"` // what an engine pulls
+	Platform     string            `json:"platform"`
+	Digest       string            `json:"digest"` // of the boot image
+	Profile      string            `json:"profile"`
+	Source       string            `json:"source"`
+	SourceDigest string            `json:"sourceDigest"`
+	Layers       []bootimage.Layer `json:"layers"`         // of the source, bottom first
+	History      []step            `json:"history"`        // of the image: the source's steps, then the converter's
+	Base         string            `json:"base,omitempty"` // boot image whose packs it refers to beside its own
+	IndexDigest  string            `json:"indexDigest"`
+	RootBytes    int64             `json:"rootBytes"`
+	MetaBytes    int64             `json:"metaBytes"`
+	FileBytes    int64             `json:"fileBytes"` // logical sizes of the regular files
+	Inodes       int               `json:"inodes"`
+	Regular      int               `json:"regularFiles"`
+	Directories  int               `json:"directories"`
+	Symlinks     int               `json:"symlinks"`
+	Chunks       int               `json:"chunks"`
+	Distinct     int               `json:"distinctChunks"`
+	Packs        []pack            `json:"packs,omitempty"`
+	StoredBytes  int64             `json:"storedBytes"` // of the distinct chunks; 0 for loose stores
+	StartChunks  int               `json:"startChunks"`
+	StartBytes   int64             `json:"startBytes"` // stored
+	Stores       []string          `json:"stores"`
+	XattrClasses []string          `json:"xattrClasses,omitempty"`
+	BootBytes    int64             `json:"bootBytes"` // what an engine pulls
+}
+
+// step is an entry of an image's history.
+type step struct {
+	Created   string `json:"created,omitempty"` // RFC 3339
+	CreatedBy string `json:"createdBy,omitempty"`
+	Author    string `json:"author,omitempty"`
+	Comment   string `json:"comment,omitempty"`
 }
 
 type pack struct {
@@ -147,6 +161,14 @@ func inspect(img *converted.Image) (*platform, error) {
 		Source: img.Config.Source.Name, SourceDigest: img.Config.Source.Digest,
 		Base: img.Config.Base, IndexDigest: img.Config.IndexDigest, RootBytes: img.Index.Size(), MetaBytes: int64(len(img.Meta)),
 		Chunks: img.Index.Len(), Stores: img.Config.Stores, XattrClasses: img.Config.XattrClasses, BootBytes: img.BootBytes,
+	}
+	i.Layers = img.Config.Source.Layers
+	for _, h := range img.History {
+		s := step{CreatedBy: h.CreatedBy, Author: h.Author, Comment: h.Comment}
+		if !h.Created.IsZero() {
+			s.Created = h.Created.UTC().Format(time.RFC3339)
+		}
+		i.History = append(i.History, s)
 	}
 	t, err := converted.Tree(img.Meta, nil)
 	if err != nil {
@@ -216,6 +238,17 @@ func inspect(img *converted.Image) (*platform, error) {
 	return i, nil
 }
 
+// oneLine returns the first most runes of s for a terminal, blanks and what is
+// not printable as one blank each.
+func oneLine(s string, most int) string {
+	words := strings.FieldsFunc(s, func(r rune) bool { return !unicode.IsGraphic(r) || unicode.IsSpace(r) })
+	runes := []rune(strings.Join(words, " "))
+	if len(runes) > most {
+		runes = append(runes[:most-1], '…')
+	}
+	return string(runes)
+}
+
 // print writes it as lines of name and value, separated by a tab.
 func (i *platform) print(w *tabwriter.Writer) {
 	row := func(name, format string, a ...any) { fmt.Fprintf(w, "%s\t%s\n", name, fmt.Sprintf(format, a...)) }
@@ -225,6 +258,20 @@ func (i *platform) print(w *tabwriter.Writer) {
 	row("source", "%s", strings.TrimPrefix(i.Source+"@"+i.SourceDigest, "@"))
 	if i.Base != "" {
 		row("base", "%s", i.Base)
+	}
+	for n, l := range i.Layers {
+		name := ""
+		if n == 0 {
+			name = "layers"
+		}
+		made := ""
+		if k := l.Step - 1; k >= 0 && k < len(i.History) {
+			made = "  " + oneLine(i.History[k].CreatedBy, 60)
+		}
+		row(name, "%s, %s%s", cmp.Or(l.Digest, l.DiffID), bytes(max(0, l.Size)), made)
+	}
+	if len(i.History) > 0 {
+		row("history", "%d steps, --json lists them", len(i.History))
 	}
 	row("root", "%s, %s, profile %s", i.IndexDigest, bytes(i.RootBytes), i.Profile)
 	row("files", "%d: %d regular with %s, %d directories, %d symlinks", i.Inodes, i.Regular, bytes(i.FileBytes), i.Directories, i.Symlinks)

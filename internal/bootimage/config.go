@@ -59,4 +59,16 @@ type Source struct {
 	Cmd        []string `json:"cmd,omitempty"`
 	User       string   `json:"user,omitempty"`
 	WorkingDir string   `json:"workingDir,omitempty"`
+	Layers     []Layer  `json:"layers,omitempty"` // bottom first
+}
+
+// Layer is a layer of the source image.
+type Layer struct {
+	Digest    string `json:"digest,omitempty"`    // of the blob; "" where the source had no manifest
+	DiffID    string `json:"diffID"`              // of the plain tar
+	MediaType string `json:"mediaType,omitempty"` // of the blob
+	Size      int64  `json:"size"`                // of the blob, bytes; -1 if unknown
+	// Step is the entry of the image's history that made the layer, the first
+	// being 1; 0 if the history does not tell.
+	Step int `json:"step,omitempty"`
 }

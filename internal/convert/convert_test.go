@@ -37,6 +37,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore/local"
 	"github.com/container-bootfs/bootfs/internal/assembly"
+	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/layer"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
@@ -537,6 +538,69 @@ func TestRunPlatforms(t *testing.T) {
 			t.Errorf("%+v", r.Platforms)
 		}
 	})
+}
+
+// TestSourceLayers looks for the source's layers and history in the converted
+// image.
+func TestSourceLayers(t *testing.T) {
+	img := sourceImage(t, "amd64")
+	var want []bootimage.Layer
+	for i, files := range sampleLayers() {
+		layers, err := sourceImage(t, "amd64", files).Layers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if img, err = mutate.Append(img, mutate.Addendum{History: v1.History{CreatedBy: "ENV x=y", EmptyLayer: true}},
+			mutate.Addendum{Layer: layers[0], History: v1.History{CreatedBy: fmt.Sprint("COPY ", i), Author: "me"}}); err != nil {
+			t.Fatal(err)
+		}
+		d, err := layers[0].Digest()
+		if err != nil {
+			t.Fatal(err)
+		}
+		diffID, err := layers[0].DiffID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		size, err := layers[0].Size()
+		if err != nil {
+			t.Fatal(err)
+		}
+		want = append(want, bootimage.Layer{Digest: d.String(), DiffID: diffID.String(), MediaType: string(types.OCILayer), Size: size, Step: 2*i + 2})
+	}
+	dst := ociRef(t)
+	convertTo(t, writeLayout(t, img), dst, nil)
+	o, err := converted.Open(t.Context(), dst, converted.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer o.Close()
+	got := o.Images[0]
+	if !slices.Equal(got.Config.Source.Layers, want) {
+		t.Errorf("layers %+v, want %+v", got.Config.Source.Layers, want)
+	}
+	for i, h := range got.History[:6] {
+		by := "ENV x=y"
+		if i%2 == 1 {
+			by = fmt.Sprint("COPY ", i/2)
+		}
+		if h.CreatedBy != by || !h.EmptyLayer {
+			t.Errorf("step %d: %+v, want %q without a layer", i+1, h, by)
+		}
+	}
+
+	// A history that does not fit the layers says nothing about them.
+	cf, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cf = cf.DeepCopy()
+	cf.History = cf.History[:3]
+	for _, l := range sourceLayers(transport.Image{Config: cf, Layers: make([]layer.Blob, 3)}) {
+		if l.Step != 0 {
+			t.Errorf("a layer of step %d of a history that is cut off", l.Step)
+		}
+	}
 }
 
 // TestRunStoreInRegistry puts the packs of an archive into a repository, where

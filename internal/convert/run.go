@@ -382,6 +382,7 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 			Source: bootimage.Source{
 				Name: sourceName(c.o.Source), Digest: img.Digest,
 				Entrypoint: conf.Entrypoint, Cmd: conf.Cmd, User: conf.User, WorkingDir: conf.WorkingDir,
+				Layers: sourceLayers(img.Image),
 			},
 		},
 		Index:    ch.index,
@@ -402,6 +403,24 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 	digest, err := out.Boot.Digest()
 	r.BootDigest = digest.String()
 	return out, err
+}
+
+// sourceLayers is what an image says of the layers that it was made of.
+func sourceLayers(img transport.Image) []bootimage.Layer {
+	var steps []int
+	for i, h := range img.Config.History {
+		if !h.EmptyLayer {
+			steps = append(steps, i+1)
+		}
+	}
+	out := make([]bootimage.Layer, len(img.Layers))
+	for i, l := range img.Layers {
+		out[i] = bootimage.Layer{Digest: l.Digest, DiffID: l.DiffID, MediaType: l.MediaType, Size: l.Size}
+		if len(steps) == len(img.Layers) {
+			out[i].Step = steps[i]
+		}
+	}
+	return out
 }
 
 // sourceName is what an image says of where it came from. Paths of the machine

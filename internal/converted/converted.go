@@ -58,6 +58,7 @@ type Image struct {
 	Digest    string // of the boot image's manifest, or its image ID
 	BootBytes int64  // of its layers as stored; 0 if unknown
 	Config    bootimage.Config
+	History   []v1.History // of the image's configuration: the source's, then the converter's
 	Index     *index.Index
 	RawIndex  []byte                  // the file of Index
 	Locators  *registrystore.Locators // nil: the chunks lie in loose stores
@@ -99,7 +100,7 @@ func open(ctx context.Context, from transport.Image) (*Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	img := &Image{Platform: from.Platform, Digest: from.Digest, Config: c.Config, RawIndex: c.Index, Meta: c.Meta}
+	img := &Image{Platform: from.Platform, Digest: from.Digest, Config: c.Config, History: from.Config.History, RawIndex: c.Index, Meta: c.Meta}
 	for _, l := range from.Layers {
 		img.BootBytes += max(0, l.Size)
 	}

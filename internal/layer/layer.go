@@ -28,8 +28,11 @@ import (
 type Blob struct {
 	Name   string // for messages: the digest
 	DiffID string // "sha256:…" of the plain tar, checked; "" = unknown
-	Size   int64  // of the blob as stored, bytes; -1 = unknown
-	Open   func(ctx context.Context) (io.ReadCloser, error)
+	// Digest and MediaType are those of the blob in the source's manifest; ""
+	// where there is none.
+	Digest, MediaType string
+	Size              int64 // of the blob as stored, bytes; -1 = unknown
+	Open              func(ctx context.Context) (io.ReadCloser, error)
 
 	// Plain is the blob when it already is a plain tar in a local file: read
 	// in place, not spooled. nil otherwise. It must stay readable and

@@ -261,9 +261,11 @@ func isLayer(mt types.MediaType) bool {
 
 func (r *resolver) layer(d v1.Descriptor, diffID v1.Hash) layer.Blob {
 	b := layer.Blob{
-		Name:   d.Digest.String(),
-		DiffID: diffID.String(),
-		Size:   d.Size,
+		Name:      d.Digest.String(),
+		DiffID:    diffID.String(),
+		Digest:    d.Digest.String(),
+		MediaType: string(d.MediaType),
+		Size:      d.Size,
 		Open: func(ctx context.Context) (io.ReadCloser, error) {
 			rc, err := r.contents.blob(ctx, d)
 			if err != nil {
