@@ -123,7 +123,11 @@ func open(ctx context.Context, from transport.Image) (*Image, error) {
 // names. One that cannot be opened is passed over; why is in the log.
 func (i *Image) Stores() ([]chunkstore.Store, error) {
 	from := stores.Source{Index: i.Index, Locators: i.Locators, Access: i.options.Access}
-	from.SSH.HostKeys = i.Config.HostKeys
+	// An image names servers and their keys, and may have been made to collect
+	// passwords: they go to servers that the user knows.
+	if from.SSH.Password == "" {
+		from.SSH.HostKeys = i.Config.HostKeys
+	}
 	var (
 		out  []chunkstore.Store
 		seen []string

@@ -54,7 +54,10 @@ func TestExecDuringTheStart(t *testing.T) {
 		c.got = make(chan result, 1)
 		go func() { c.got <- docker(t, append([]string{"exec", id}, c.args...)...) }()
 	}
-	time.Sleep(time.Second)
+	eventually(t, "the calls are in the container", func() bool {
+		processes := docker(t, "top", id, "-o", "pid,comm").stdout // below a line with the title
+		return strings.Count(processes, "\n") == 1+1+len(calls) && !strings.Contains(processes, "runc")
+	})
 	for _, c := range calls {
 		select {
 		case r := <-c.got:

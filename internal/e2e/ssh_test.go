@@ -91,10 +91,21 @@ func TestSSHStore(t *testing.T) {
 	}
 
 	// The image says whose key the server has.
-	check := w.command("check", "oci:"+w.layout, image)
-	check.Env = append(check.Env, "HOME="+sshHome(t, server.Key), "SSH_AUTH_SOCK=")
-	if out, err := check.CombinedOutput(); err != nil {
+	check := func(env ...string) (string, error) {
+		cmd := w.command("check", "oci:"+w.layout, image)
+		cmd.Env = append(append(cmd.Env, "SSH_AUTH_SOCK="), env...)
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	if out, err := check("HOME=" + sshHome(t, server.Key)); err != nil {
 		t.Errorf("check: %v\n%s", err, out)
+	}
+	// But it could say so of any server, to be told a password.
+	if out, err := check("HOME="+t.TempDir(), "DROPBEAR_PASSWORD="+password); err == nil || !strings.Contains(out, "is not known") {
+		t.Errorf("check with a password and without known hosts: %v\n%s", err, out)
+	}
+	if out, err := check("HOME="+sshHome(t, "/dev/null", server), "DROPBEAR_PASSWORD="+password); err != nil {
+		t.Errorf("check with a password: %v\n%s", err, out)
 	}
 
 	// A key, as docker mounts secrets.
