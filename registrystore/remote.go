@@ -2,7 +2,6 @@ package registrystore
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -470,8 +469,10 @@ func (q *request) fail(err error) error {
 			q.remote.hangUp() // other connections to the same place are likely as dead
 		}
 		var login *transport.Error
-		var certificate *tls.CertificateVerificationError // says more, where both are
-		if errors.As(err, &login) && !errors.As(err, &certificate) {
+		var broken *url.Error
+		// Where https and http were tried, and http is not what the server
+		// speaks, the reason stands beside its 400.
+		if errors.As(err, &login) && !(login.StatusCode == http.StatusBadRequest && errors.As(err, &broken)) {
 			err = &httpio.Error{
 				Status:    login.StatusCode,
 				Temporary: login.Temporary(),

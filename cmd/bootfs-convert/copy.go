@@ -265,7 +265,7 @@ func (f *copyFlags) packsOf(ctx context.Context, img *converted.Image, stored tr
 
 // remote reads blobs of a repository.
 func (f *copyFlags) remote(address string) (registrystore.Blobs, error) {
-	return registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: f.access().Keychain})
+	return registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: f.access().Keychain, Hosts: f.hosts})
 }
 
 // rewriteStore makes address the recorded one in every platform of an image.

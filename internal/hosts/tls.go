@@ -90,12 +90,12 @@ func (c *connections) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// refuse ends a request that is not sent.
+// refuse ends a request that is not sent, as somebody has to put a file right.
 func refuse(req *http.Request, err error) (*http.Response, error) {
 	if req.Body != nil {
 		req.Body.Close()
 	}
-	return nil, err
+	return nil, &httpio.Error{Err: err}
 }
 
 // transport reads the certificates for TLS. It remembers no failure.

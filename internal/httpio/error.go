@@ -62,8 +62,6 @@ func Refusal(resp *http.Response, away bool) *Error {
 // request's, and w the Watch that cancels it. plain is how to name the store if
 // its server speaks plain HTTP.
 func Judge(ctx context.Context, w *Watch, err error, plain string) *Error {
-	var certificate *tls.CertificateVerificationError
-	var broken *url.Error
 	switch {
 	case w != nil && context.Cause(ctx) == ErrStalled:
 		return &Error{Err: w.stalled(), Temporary: true}
@@ -76,12 +74,19 @@ func Judge(ctx context.Context, w *Watch, err error, plain string) *Error {
 		return own
 	}
 	e := &Error{Err: err, Temporary: true}
+	var certificate *tls.CertificateVerificationError
+	var broken *url.Error
 	where := ""
 	if errors.As(err, &broken) {
 		where = HostOf(broken.URL) + ": "
 		e.Err = broken.Err
 	}
+	if refused, ok := e.Err.(*Error); ok { // before it was sent
+		e.Temporary = refused.Temporary
+	}
 	switch {
+	case errors.As(e.Err, &certificate):
+		e.Temporary = false
 	case errors.As(err, &certificate):
 		e.Temporary = false
 		e.Err = certificate

@@ -199,6 +199,18 @@ func TestTLSFaults(t *testing.T) {
 	})
 }
 
+// unsent refuses requests before they are sent.
+type unsent struct{ err error }
+
+func (u unsent) RoundTrip(*http.Request) (*http.Response, error) { return nil, u.err }
+
+func TestUnsent(t *testing.T) {
+	e := request(t.Context(), unsent{&httpio.Error{Err: errors.New("no certificate in ca.crt")}}, http.MethodGet, "https://h/?s3cret", time.Minute)
+	check(t, e, "https://h: no certificate in ca.crt", false)
+	e = request(t.Context(), unsent{errors.New("no route")}, http.MethodGet, "https://h/?s3cret", time.Minute)
+	check(t, e, "https://h: no route", true)
+}
+
 // TestJudgeAnothersError: a request that was ended because another one failed
 // has not failed in the same way.
 func TestJudgeAnothersError(t *testing.T) {
