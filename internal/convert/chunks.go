@@ -204,20 +204,18 @@ type loose struct {
 
 // encode stores the chunk unless it is there, whole and undamaged.
 func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, error) {
-	if ok, err := l.store.Has(ctx, id); err == nil && ok {
-		stored, err := l.store.Get(ctx, id, nil)
-		if err == nil {
-			_, err = chunkstore.Decode(make([]byte, 0, len(plain)), stored, index.SHA256, index.Chunk{ID: id, Size: len(plain)})
-		}
-		if err == nil {
-			if err := l.renew(ctx, id, stored); err != nil {
-				return nil, fmt.Errorf("store %s: %w", l.store, err)
-			}
-			l.reused.Add(int64(len(stored)))
-			return stored, nil
-		}
+	stored, err := l.store.Get(ctx, id, nil)
+	if err == nil {
+		_, err = chunkstore.Decode(make([]byte, 0, len(plain)), stored, index.SHA256, index.Chunk{ID: id, Size: len(plain)})
 	}
-	stored := chunkstore.Encode(nil, plain)
+	if err == nil {
+		if err := l.renew(ctx, id, stored); err != nil {
+			return nil, fmt.Errorf("store %s: %w", l.store, err)
+		}
+		l.reused.Add(int64(len(stored)))
+		return stored, nil
+	}
+	stored = chunkstore.Encode(nil, plain)
 	if err := l.put(ctx, id, stored); err != nil {
 		return nil, in(Destination, fmt.Errorf("store %s: %w", l.store, err))
 	}

@@ -118,6 +118,12 @@ func TestIncrement(t *testing.T) {
 		t.Errorf("unchanged: %s with %d bytes sent, was %s: %+v", again.Digest, sent, r.Digest, a)
 	}
 
+	// In another repository the registry links the packs.
+	other, sent := reportOf(t, "--base", image, "oci:"+next, w.proxy.address+"/increment-elsewhere:latest")
+	if o := other.Platforms[0]; o.BasePacks != o.Packs || o.NewBytes+o.CopiedBytes != 0 || sent > o.BootBytes+small {
+		t.Errorf("in another repository: %d bytes sent: %+v", sent, o)
+	}
+
 	touched := touch(t, next)
 	r, sent = reportOf(t, "oci:"+touched, image)
 	p = r.Platforms[0]
