@@ -3,8 +3,10 @@ package registrystore
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
@@ -92,8 +94,13 @@ func (r *remoteBlobs) handshake(ctx context.Context, old *session, refused *http
 	case strings.EqualFold(challenge.Scheme, "bearer"):
 		scope := cmp.Or(challenge.Parameters["scope"], r.repo.Scope(transport.PullScope))
 		token, err := transport.Exchange(ctx, r.repo.Registry, auth, r.base, []string{scope}, challenge)
-		if err != nil {
+		var status *transport.Error
+		var broken *url.Error
+		switch {
+		case errors.As(err, &status), errors.As(err, &broken):
 			return nil, err
+		case err != nil: // it may quote the answer
+			return nil, fmt.Errorf("login at %s: %s", r.endpoint.Host, oneLine(err.Error()))
 		}
 		s.login = "Bearer " + cmp.Or(token.AccessToken, token.Token)
 	case known.Username != "" || known.Password != "":
