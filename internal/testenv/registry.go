@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/registry"
+	"golang.org/x/crypto/bcrypt"
 )
 
 // Registry is a real registry: distribution.
@@ -29,7 +30,24 @@ type Registry struct {
 // below dir. An empty address takes a free port of loopback; the address of an
 // earlier registry starts that one again.
 func StartRegistry(ctx context.Context, dir, address string) (*Registry, error) {
-	return startRegistry(ctx, "docker-registry", dir, address)
+	return startRegistry(ctx, "docker-registry", dir, address, "")
+}
+
+// StartPrivateRegistry starts distribution 2 for one user with a password.
+func StartPrivateRegistry(ctx context.Context, dir, user, password string) (*Registry, error) {
+	dir, err := absDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	hash, err := bcrypt.GenerateFromPassword([]byte(password), bcrypt.MinCost)
+	if err != nil {
+		return nil, err
+	}
+	users := filepath.Join(dir, "htpasswd")
+	if err := os.WriteFile(users, fmt.Appendf(nil, "%s:%s\n", user, hash), 0o600); err != nil {
+		return nil, err
+	}
+	return startRegistry(ctx, "docker-registry", dir, "", fmt.Sprintf("auth: {htpasswd: {realm: private, path: %q}}\n", users))
 }
 
 // distribution is the program of distribution 3, which Debian does not have,
@@ -43,10 +61,10 @@ func (c *Cache) StartDistribution(ctx context.Context, dir, address string) (*Re
 	if err != nil {
 		return nil, err
 	}
-	return startRegistry(ctx, bin, dir, address)
+	return startRegistry(ctx, bin, dir, address, "")
 }
 
-func startRegistry(ctx context.Context, program, dir, address string) (*Registry, error) {
+func startRegistry(ctx context.Context, program, dir, address, more string) (*Registry, error) {
 	dir, err := absDir(dir)
 	if err != nil {
 		return nil, err
@@ -63,7 +81,7 @@ storage:
   delete: {enabled: true}
   maintenance: {uploadpurging: {enabled: false}}
 http: {addr: %q}
-`, filepath.Join(dir, "data"), listen)
+`, filepath.Join(dir, "data"), listen) + more
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return nil, err
 	}
@@ -108,7 +126,7 @@ func (r *Registry) probe(ctx context.Context) error {
 		return err
 	}
 	resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusUnauthorized {
 		return fmt.Errorf("GET %s: %s", req.URL, resp.Status)
 	}
 	return nil

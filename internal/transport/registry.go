@@ -44,7 +44,7 @@ func newRepository(r Ref, o Options) (*repository, error) {
 	}
 	p := &repository{ref: ref, keychain: o.Keychain, transport: newHostTransport(o)}
 	if p.keychain == nil {
-		p.keychain = authn.DefaultKeychain
+		p.keychain = UserKeychain
 	}
 	if p.transport.hosts.Insecure(p.host()) {
 		p.insecure = true
