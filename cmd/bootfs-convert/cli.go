@@ -15,7 +15,6 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/spf13/cobra"
 
@@ -259,7 +258,7 @@ func checkStore(address string) error {
 
 // access is who we are to stores.
 func (c *common) access() stores.Access {
-	a := stores.Access{Keychain: authn.DefaultKeychain, SSH: sshstore.UserOptions(), Hosts: c.hosts, S3: s3store.Options{Sources: s3store.Sources{Getenv: c.getenv}}}
+	a := stores.Access{Keychain: transport.UserKeychain, SSH: sshstore.UserOptions(), Hosts: c.hosts, S3: s3store.Options{Sources: s3store.Sources{Getenv: c.getenv}}}
 	a.SSH.Password = c.getenv(envSSHPassword)
 	return a
 }

@@ -155,6 +155,15 @@ func TestKilled(t *testing.T) {
 				}
 			}
 			t.Logf("%d of %d conversions of %v were complete", done, moments, whole)
+			// What was in the making goes with the next conversion.
+			if out, err := convert(older).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			if path := strings.Split(dst, ":")[1]; name != "registry" {
+				if left, err := filepath.Glob(filepath.Join(filepath.Dir(path), ".*.bootfs-*")); err != nil || len(left) > 0 {
+					t.Errorf("files in the making are left: %q, %v", left, err)
+				}
+			}
 		})
 	}
 }

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -143,7 +142,8 @@ func (a *archive) find(name string) (span, error) {
 	return span{}, fmt.Errorf("%.200q: %w in the archive", name, errNoFile)
 }
 
-var errNoFile = errors.New("no such file")
+// errNoFile reads better than fs.ErrNotExist, which it wraps.
+var errNoFile error = &explained{"no such file", fs.ErrNotExist}
 
 func (a *archive) section(s span) *io.SectionReader {
 	return io.NewSectionReader(a.file, s.off, s.size)
@@ -177,22 +177,11 @@ func openOCIArchive(ctx context.Context, r Ref, o Options) (Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &ociArchive{archive: a, path: r.Path}
-	raw, err := a.read(indexFile, maxManifest)
-	if errors.Is(err, errNoFile) {
-		err = fmt.Errorf("it holds no OCI layout: it has no %s", indexFile)
-		if _, dockerErr := a.find(dockerManifest); dockerErr == nil {
-			err = fmt.Errorf("it is an archive of docker save; name it docker-archive:%s", r.Path)
-		}
+	none := fmt.Errorf("it holds no OCI layout: it has no %s", indexFile)
+	if _, err := a.find(dockerManifest); err == nil {
+		none = fmt.Errorf("it is an archive of docker save; name it docker-archive:%s", r.Path)
 	}
-	if err == nil {
-		err = s.resolveLayout(ctx, s, raw, r.Name, o.Platforms)
-	}
-	if err != nil {
-		s.Close()
-		return nil, err
-	}
-	return s, nil
+	return readLayout(ctx, &ociArchive{archive: a, path: r.Path}, r, o, none)
 }
 
 func (s *ociArchive) StoreAddress() string                { return "" }
@@ -278,6 +267,7 @@ type ociArchiveDestination struct {
 }
 
 func openOCIArchiveDestination(r Ref, o Options) (Destination, error) {
+	sweep(r.Path)
 	f, err := newReplacement(r.Path)
 	if err != nil {
 		return nil, err

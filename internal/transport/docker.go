@@ -193,6 +193,7 @@ func openDockerArchiveDestination(r Ref, o Options) (Destination, error) {
 	if err != nil {
 		return nil, err
 	}
+	sweep(r.Path)
 	f, err := newReplacement(r.Path)
 	if err != nil {
 		return nil, err

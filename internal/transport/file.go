@@ -7,7 +7,10 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/internal/scratch"
 )
@@ -48,11 +51,48 @@ func newReplacement(path string) (*replacement, error) {
 	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
 		return nil, fmt.Errorf("%s exists and is not a regular file", path)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), temporaryPrefix+filepath.Base(path)+temporarySuffix+"*")
-	if err != nil {
-		return nil, err
+	for {
+		f, err := os.CreateTemp(filepath.Dir(path), temporaryPrefix+filepath.Base(path)+temporarySuffix+"*")
+		if err != nil {
+			return nil, err
+		}
+		if ours(f) {
+			return &replacement{f, path}, nil
+		}
+		f.Close() // sweep came between
 	}
-	return &replacement{f, path}, nil
+}
+
+// ours locks a file in the making, which says that somebody is making it, and
+// reports whether it still has its name then.
+func ours(f *os.File) bool {
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err == unix.EWOULDBLOCK {
+		return false
+	} // where there are no locks, nothing is swept
+	var st unix.Stat_t
+	return unix.Fstat(int(f.Fd()), &st) == nil && st.Nlink > 0
+}
+
+// sweep removes what killed processes left of the next content of path.
+func sweep(path string) {
+	entries, err := os.ReadDir(filepath.Dir(path))
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() || !strings.HasPrefix(e.Name(), temporaryPrefix+filepath.Base(path)+temporarySuffix) {
+			continue
+		}
+		name := filepath.Join(filepath.Dir(path), e.Name())
+		f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		if err != nil {
+			continue
+		}
+		if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			os.Remove(name)
+		}
+		f.Close()
+	}
 }
 
 // commit puts the file in its place. Its content is on the disk before it has

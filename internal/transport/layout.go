@@ -205,10 +205,23 @@ func openLayout(ctx context.Context, r Ref, o Options) (Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &layoutSource{root: root}
+	return readLayout(ctx, &layoutSource{root: root}, r, o, fmt.Errorf("%s is no OCI layout: it has no %s", r.Path, indexFile))
+}
+
+// layoutReader is a layout, wherever it lies.
+type layoutReader interface {
+	Source
+	contents
+	read(name string, limit int64) ([]byte, error)
+	resolveLayout(ctx context.Context, c contents, index []byte, name string, want []v1.Platform) error
+}
+
+// readLayout finds the images that r names in s, which it closes if that
+// fails; none is the error when there is no index.
+func readLayout(ctx context.Context, s layoutReader, r Ref, o Options, none error) (Source, error) {
 	raw, err := s.read(indexFile, maxManifest)
 	if errors.Is(err, fs.ErrNotExist) {
-		err = fmt.Errorf("%s is no OCI layout: it has no %s", r.Path, indexFile)
+		err = none
 	}
 	if err == nil {
 		err = s.resolveLayout(ctx, s, raw, r.Name, o.Platforms)

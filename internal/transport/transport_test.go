@@ -684,3 +684,24 @@ func TestKeepTag(t *testing.T) {
 		})
 	}
 }
+
+// What a killed process left in the making is removed, what a living one is
+// making is not.
+func TestSweep(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x.tar")
+	living := must(newReplacement(path))(t)
+	defer living.abandon()
+	stale := filepath.Join(filepath.Dir(path), ".x.tar.bootfs-123")
+	other := filepath.Join(filepath.Dir(path), ".y.tar.bootfs-123")
+	for _, name := range []string{stale, other} {
+		if err := os.WriteFile(name, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sweep(path)
+	for name, want := range map[string]bool{living.Name(): true, stale: false, other: true} {
+		if _, err := os.Stat(name); err == nil != want {
+			t.Errorf("%s is there: %v, want %v", name, err == nil, want)
+		}
+	}
+}
