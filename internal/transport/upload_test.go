@@ -492,39 +492,50 @@ func TestMountReal(t *testing.T) {
 	}
 }
 
-// TestUploadReal breaks a piece on its way to a real registry.
+// TestUploadReal breaks a piece on its way to real registries.
 func TestUploadReal(t *testing.T) {
-	reg := must(testenv.StartRegistry(t.Context(), t.TempDir(), ""))(t)
-	defer reg.Close()
-	target := must(url.Parse("http://" + reg.Address))(t)
-	var patches, received atomic.Int64
-	proxy := &httputil.ReverseProxy{
-		Rewrite: func(r *httputil.ProxyRequest) {
-			r.SetURL(target)
-			r.Out.Host = r.In.Host
-			if r.In.Method != http.MethodPatch {
-				return
-			}
-			left := int64(1 << 40)
-			if patches.Add(1) == 3 {
-				left = testPiece / 2
-			}
-			r.Out.Body = &broken{r.In.Body, left, &received}
-		},
-		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { reset(w) },
-	}
+	cache := must(testenv.OpenCache())(t)
 	const size = 5 * testPiece
-	b, _ := randomBlob(size)
-	up, _ := uploaderTo(t, proxy, Options{})
-	if reused, err := up.put(t.Context(), b); err != nil || reused {
-		t.Fatalf("%v, %v", reused, err)
-	}
-	if ok, err := up.has(t.Context(), "blobs/"+b.digest.String()); err != nil || !ok {
-		t.Errorf("the blob is not there: %v", err)
-	}
-	// Debian's registry forgets an upload of which a part of a piece arrived.
-	if got := received.Load(); got > 2*size {
-		t.Errorf("%d bytes were sent for a blob of %d", got, size)
+	for name, tt := range map[string]struct {
+		start func(context.Context, string, string) (*testenv.Registry, error)
+		limit int64 // bytes that may be sent
+	}{
+		// It forgets an upload of which a part of a piece arrived.
+		"distribution 2": {testenv.StartRegistry, 2 * size},
+		"distribution 3": {cache.StartDistribution, size + testPiece},
+	} {
+		t.Run(name, func(t *testing.T) {
+			reg := must(tt.start(t.Context(), t.TempDir(), ""))(t)
+			defer reg.Close()
+			target := must(url.Parse("http://" + reg.Address))(t)
+			var patches, received atomic.Int64
+			proxy := &httputil.ReverseProxy{
+				Rewrite: func(r *httputil.ProxyRequest) {
+					r.SetURL(target)
+					r.Out.Host = r.In.Host
+					if r.In.Method != http.MethodPatch {
+						return
+					}
+					left := int64(1 << 40)
+					if patches.Add(1) == 3 {
+						left = testPiece / 2
+					}
+					r.Out.Body = &broken{r.In.Body, left, &received}
+				},
+				ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { reset(w) },
+			}
+			b, _ := randomBlob(size)
+			up, _ := uploaderTo(t, proxy, Options{})
+			if reused, err := up.put(t.Context(), b); err != nil || reused {
+				t.Fatalf("%v, %v", reused, err)
+			}
+			if ok, err := up.has(t.Context(), "blobs/"+b.digest.String()); err != nil || !ok {
+				t.Errorf("the blob is not there: %v", err)
+			}
+			if got := received.Load(); got > tt.limit {
+				t.Errorf("%d bytes were sent for a blob of %d, want at most %d", got, size, tt.limit)
+			}
+		})
 	}
 }
 
