@@ -41,7 +41,8 @@ func dialDaemon(ctx context.Context, o Options) (*daemon, error) {
 // explain makes of an error what a person can act on, in one line.
 func (d *daemon) explain(err error) error {
 	switch {
-	case errors.Is(err, os.ErrPermission):
+	// The client says the second in its own words.
+	case errors.Is(err, os.ErrPermission), client.IsErrConnectionFailed(err) && strings.Contains(err.Error(), "permission denied"):
 		return &explained{fmt.Sprintf("no permission to use the Docker daemon at %s", d.DaemonHost()), err}
 	case client.IsErrConnectionFailed(err):
 		return &explained{fmt.Sprintf("cannot reach the Docker daemon at %s; is it running, or is DOCKER_HOST wrong?", d.DaemonHost()), err}
