@@ -79,9 +79,20 @@ func (r *countingRegistry) image(name string) transport.Ref {
 	return transport.Ref{Transport: transport.Registry, Name: r.host + "/" + name}
 }
 
-// wideLayer is a program, 40 files of half a megabyte and many small ones: some
+// plainImage makes a layout of an image whose one layer with files is neither
+// compressed nor copied when it is read.
+func plainImage(t testing.TB, files entries) transport.Ref {
+	t.Helper()
+	return writeLayout(t, sourceImage(t, "amd64", entries{}, entries{}, files)) // the third is plain
+}
+
+// wideLayer is a program, 60 files of half a megabyte and many small ones: some
 // packs' worth.
 func wideLayer() entries {
+	return maps.Clone(wideFiles())
+}
+
+var wideFiles = sync.OnceValue(func() entries {
 	out := entries{"bin/": nil, "bin/app": sample(1000, 700_000), "data/": nil}
 	for i := range 60 {
 		out[fmt.Sprintf("data/file%02d", i)] = sample(uint64(i), 600_000)
@@ -90,7 +101,7 @@ func wideLayer() entries {
 		out[fmt.Sprintf("data/small%03d", i)] = sample(uint64(i), 10+i*97%9000)
 	}
 	return out
-}
+})
 
 // secondVersion is wideLayer with a file replaced, one added, one removed and
 // some small ones touched.
@@ -141,7 +152,7 @@ func wantRoot(t testing.TB, ref transport.Ref, layers ...entries) *converted.Ima
 // to the registry are those of the new chunks, and the result is the same at
 // any parallelism.
 func TestIncrement(t *testing.T) {
-	one, two := writeLayout(t, sourceImage(t, "amd64", wideLayer())), writeLayout(t, sourceImage(t, "amd64", secondVersion()))
+	one, two := plainImage(t, wideLayer()), plainImage(t, secondVersion())
 	canonical := convertTo(t, two, ociRef(t), nil).Platforms[0]
 	base := ociRef(t)
 	convertTo(t, one, base, nil)
@@ -210,10 +221,10 @@ func TestIncrementMtimes(t *testing.T) {
 	reg := newRegistry(t)
 	dst := reg.image("app:latest")
 	files := wideLayer()
-	first := convertTo(t, writeLayout(t, sourceImage(t, "amd64", files)), dst, nil).Platforms[0]
+	first := convertTo(t, plainImage(t, files), dst, nil).Platforms[0]
 	mtime = mtime.AddDate(1, 0, 0)
 	defer func() { mtime = mtime.AddDate(-1, 0, 0) }()
-	p := convertTo(t, writeLayout(t, sourceImage(t, "amd64", files)), dst, nil).Platforms[0]
+	p := convertTo(t, plainImage(t, files), dst, nil).Platforms[0]
 	plan, _ := planOf(t, []entries{files})
 	if p.IndexDigest == first.IndexDigest {
 		t.Fatal("the times make no difference")
@@ -227,7 +238,7 @@ func TestIncrementMtimes(t *testing.T) {
 // TestIncrementPlaces takes the base from one place to another: its packs are
 // copied, and the digests follow the base alone.
 func TestIncrementPlaces(t *testing.T) {
-	one, two := writeLayout(t, sourceImage(t, "amd64", wideLayer())), writeLayout(t, sourceImage(t, "amd64", secondVersion()))
+	one, two := plainImage(t, wideLayer()), plainImage(t, secondVersion())
 	reg := newRegistry(t)
 	archive := transport.Ref{Transport: transport.OCIArchive, Path: filepath.Join(t.TempDir(), "x.tar"), Name: "dst"}
 	bases := []transport.Ref{ociRef(t), archive, reg.image("base:1")}
@@ -281,8 +292,8 @@ func TestIncrementStore(t *testing.T) {
 	reg := newRegistry(t)
 	store := func(o *Options) { o.Store = "registry://" + reg.host + "/packs" }
 	dst := transport.Ref{Transport: transport.DockerArchive, Path: filepath.Join(t.TempDir(), "x.tar"), Name: "x:y"}
-	convertTo(t, writeLayout(t, sourceImage(t, "amd64", wideLayer())), dst, store)
-	p := convertTo(t, writeLayout(t, sourceImage(t, "amd64", secondVersion())), dst, store).Platforms[0]
+	convertTo(t, plainImage(t, wideLayer()), dst, store)
+	p := convertTo(t, plainImage(t, secondVersion()), dst, store).Platforms[0]
 	if p.BasePacks < 3 || p.CopiedBytes != 0 || p.NewBytes != p.NewChunkBytes || p.NewBytes > 800_000 {
 		t.Errorf("%+v", p)
 	}
@@ -294,13 +305,13 @@ func TestIncrementStore(t *testing.T) {
 func TestIncrementRewrites(t *testing.T) {
 	reg := newRegistry(t)
 	dst := reg.image("app:latest")
-	convertTo(t, writeLayout(t, sourceImage(t, "amd64", wideLayer())), dst, nil)
+	convertTo(t, plainImage(t, wideLayer()), dst, nil)
 	files := wideLayer()
 	for i := range 50 {
 		delete(files, fmt.Sprintf("data/file%02d", i))
 	}
 	files["bin/app"] = sample(1001, 700_000)
-	src := writeLayout(t, sourceImage(t, "amd64", files))
+	src := plainImage(t, files)
 	base := dst
 	p := convertTo(t, src, reg.image("app:half"), func(o *Options) { o.Base = &base }).Platforms[0]
 	if p.StartPackBytes == 0 || p.RewrittenBytes == 0 || p.UnusedBytes >= p.StoredBytes || p.NewBytes != p.NewChunkBytes+p.StartPackBytes+p.RewrittenBytes {
@@ -321,7 +332,7 @@ func TestIncrementRewrites(t *testing.T) {
 // TestIncrementLostPack loses packs of the base, which the registry's garbage
 // collection may have taken: they are stored again, and a warning says so.
 func TestIncrementLostPack(t *testing.T) {
-	one, two := writeLayout(t, sourceImage(t, "amd64", wideLayer())), writeLayout(t, sourceImage(t, "amd64", secondVersion()))
+	one, two := plainImage(t, wideLayer()), plainImage(t, secondVersion())
 	for _, lost := range []int{0, 1, -1} {
 		reg := newRegistry(t)
 		dst := reg.image("app:latest")
@@ -360,7 +371,7 @@ func (l liar) Range(_ context.Context, _ string, _, n int64) (io.ReadCloser, err
 // place after the other.
 func TestBaseLook(t *testing.T) {
 	dst := ociRef(t)
-	convertTo(t, writeLayout(t, sourceImage(t, "amd64", wideLayer())), dst, nil)
+	convertTo(t, plainImage(t, wideLayer()), dst, nil)
 	_, img := rootOf(t, dst)
 	blobs := registrystore.NewLayoutBlobs(dst.Path)
 	c, err := img.Index.At(0)
@@ -396,7 +407,7 @@ func TestBaseLook(t *testing.T) {
 // error.
 func TestBaseErrors(t *testing.T) {
 	files := entries{"bin/app": sample(1, 100_000)}
-	plain := writeLayout(t, sourceImage(t, "amd64", files))
+	plain := plainImage(t, files)
 	looseImage, arm := ociRef(t), ociRef(t)
 	convertTo(t, plain, looseImage, func(o *Options) { o.Store = filepath.Join(t.TempDir(), "castr") })
 	convertTo(t, writeLayout(t, sourceImage(t, "arm64", files)), arm, nil)
@@ -406,7 +417,7 @@ func TestBaseErrors(t *testing.T) {
 		want string
 	}{
 		{"not there", transport.Ref{Transport: transport.OCI, Path: "/no/such", Name: "x"}, "/no/such"},
-		{"not converted", writeLayout(t, sourceImage(t, "amd64", files)), "not an image that bootfs-convert made"},
+		{"not converted", plainImage(t, files), "not an image that bootfs-convert made"},
 		{"loose", looseImage, "loose store"},
 		{"for another platform", arm, "linux/amd64"},
 	} {
@@ -448,7 +459,7 @@ func TestBaseErrors(t *testing.T) {
 func TestConcurrentIncrements(t *testing.T) {
 	reg := newRegistry(t)
 	dst := reg.image("app:latest")
-	one, two := writeLayout(t, sourceImage(t, "amd64", wideLayer())), writeLayout(t, sourceImage(t, "amd64", secondVersion()))
+	one, two := plainImage(t, wideLayer()), plainImage(t, secondVersion())
 	convertTo(t, one, dst, nil)
 	roots := map[string][]byte{}
 	for range 3 {
@@ -482,7 +493,7 @@ func TestConcurrentIncrements(t *testing.T) {
 // the two passes.
 func TestSourceChanges(t *testing.T) {
 	files := wideLayer()
-	src := writeLayout(t, sourceImage(t, "amd64", entries{}, entries{}, files)) // the third is plain
+	src := plainImage(t, files)
 	var layer string
 	for name := range blobs(t, src.Path) {
 		if info, err := os.Stat(filepath.Join(src.Path, name)); err != nil {
