@@ -112,9 +112,11 @@ func (h *Hosts) commonAuthorities() ([]file, error) {
 }
 
 // configured returns what the directories say of the registry called host: its
-// hosts in order, the one without a name being the registry itself.
+// hosts in order, the one without a name being the registry itself. The first
+// hosts.toml says which; certificates of the registry itself add up.
 func (h *Hosts) configured(registry string) ([]server, error) {
-	own := server{}
+	var list []server
+	var own trust
 	for i := range h.o.Dirs {
 		d := &h.o.Dirs[i]
 		dir, ok := d.find(namespace(registry))
@@ -123,16 +125,31 @@ func (h *Hosts) configured(registry string) ([]server, error) {
 		}
 		f := file{d, path.Join(dir, hostsFile)}
 		if _, err := f.stat(); err == nil {
-			return readHosts(f)
+			if list != nil {
+				continue
+			}
+			if list, err = readHosts(f); err != nil {
+				return nil, err
+			}
+			continue
 		}
 		found, err := d.certificates(dir)
 		if err != nil {
 			return nil, err
 		}
-		own.trust.ca = append(own.trust.ca, found.ca...)
-		own.trust.client = append(own.trust.client, found.client...)
+		own.ca = append(own.ca, found.ca...)
+		own.client = append(own.client, found.client...)
 	}
-	return []server{own}, nil
+	if list == nil {
+		list = []server{{}}
+	}
+	for i, s := range list {
+		if s.host == "" || s.host == registry {
+			list[i].trust.ca = append(s.trust.ca, own.ca...)
+			list[i].trust.client = append(s.trust.client, own.client...)
+		}
+	}
+	return list, nil
 }
 
 // trustOf returns what the directories say of TLS with host, nil if nothing.

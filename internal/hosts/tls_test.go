@@ -93,6 +93,8 @@ func TestTrust(t *testing.T) {
 		{name: "hosts.toml", dirs: []Dir{dir(in+"/hosts.toml", "ca = 'x/our.pem'", in+"/x/our.pem", ca)}},
 		{name: "hosts.toml, several", dirs: []Dir{dir(in+"/hosts.toml", "server = 'https://"+host+"'\nca = ['our.pem']", in+"/our.pem", ca)}},
 		{name: "hosts.toml stands before certificates", dirs: []Dir{dir(in+"/hosts.toml", "", in+"/ca.crt", ca)}, problem: "unknown authority", web: "unknown authority"},
+		{name: "hosts.toml for all, certificates elsewhere", dirs: []Dir{dir("_default/hosts.toml", "[host.'http://mirror']"), dir(in+"/ca.crt", ca)}},
+		{name: "certificates, hosts.toml for all elsewhere", dirs: []Dir{dir(in+"/ca.crt", ca), dir("_default/hosts.toml", "[host.'http://mirror']")}},
 		{name: "skip_verify", dirs: []Dir{dir(in+"/hosts.toml", "skip_verify = true")}},
 		{name: "insecure", o: Options{Insecure: []string{host}}},
 		{name: "another insecure", o: Options{Insecure: []string{"127.0.0.1"}}, problem: "unknown authority", web: "unknown authority"},
