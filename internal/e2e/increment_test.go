@@ -28,7 +28,7 @@ import (
 
 // reportOf converts with the command and returns its report, and how many bytes
 // of blobs went to the registry.
-func reportOf(t *testing.T, args ...string) (r convert.Report, sent int64) {
+func reportOf(t testing.TB, args ...string) (r convert.Report, sent int64) {
 	t.Helper()
 	before := w.proxy.sent.Load()
 	cmd := w.command(append([]string{"-q", "--json", "--boot", w.boot}, args...)...)
