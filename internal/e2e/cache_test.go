@@ -92,7 +92,7 @@ func TestCache(t *testing.T) {
 	defer source.Close()
 	last := rebuild(t, source.address+"/cache/source:rebuilt")
 	rebuilt := source.address + "/cache/source:rebuilt"
-	for _, where := range []string{"type=inline", filepath.Join(t.TempDir(), "cache"), w.proxy.address + "/cache/records:app"} {
+	for _, where := range []string{"type=inline", filepath.Join(t.TempDir(), "cache")} {
 		t.Run(where, func(t *testing.T) {
 			with, without := w.proxy.address+"/cache/app:with", w.proxy.address+"/cache/app:without"
 			reportOf(t, "--base", "none", "--cache-to", where, w.source, with)
