@@ -191,7 +191,7 @@ func TestBlobHole(t *testing.T) {
 	}
 	began := time.Now()
 	r, _ := makeBlob(t, file, t.TempDir())
-	if took := time.Since(began); took > 20*time.Second || r.Bytes != 100e9 || r.Distinct > 3 {
+	if took := time.Since(began); took > time.Minute || r.Bytes != 100e9 || r.Distinct > 3 {
 		t.Errorf("took %v for %+v", took, r)
 	}
 }
