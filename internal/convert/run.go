@@ -132,6 +132,9 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	if o.KeepTag && !o.Destination.HoldsPacks() {
 		return nil, &Error{Usage, fmt.Errorf("%s holds one image and no second tag for it: leave --keep-tag out", o.Destination)}
 	}
+	if o.Base != nil && stores.Loose(o.Store) {
+		return nil, &Error{Usage, errors.New("a base is for packs: a store of single chunks knows what it has")}
+	}
 	spooled := c.meter("", PhaseSource, 0)
 	src, err := transport.Open(ctx, o.Source, c.transport(spooled))
 	if err != nil {
@@ -173,9 +176,6 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	}
 	defer c.to.close()
 	report.Store = c.to.address
-	if o.Base != nil && c.to.packs == nil {
-		return nil, &Error{Usage, errors.New("a base is for packs: a store of single chunks knows what it has")}
-	}
 	if c.base, err = c.openBase(ctx, images); err != nil {
 		return nil, err
 	}
