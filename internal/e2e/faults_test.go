@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/httpstore"
+	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
@@ -38,34 +40,35 @@ var update = flag.Bool("update", false, "write docs/failure.md anew instead of c
 
 const failurePage = "../../docs/failure.md"
 
-// faultScale is by how much the times of the fault table are shorter than those
-// of the product: deadlines, stalls and outages. BOOTFS_FAULTS=real takes the
-// real ones.
-var faultScale = func() time.Duration {
-	if os.Getenv("BOOTFS_FAULTS") == "real" {
+// realFaults makes the tables with the product's times, which takes minutes.
+var realFaults = os.Getenv("BOOTFS_FAULTS") == "real"
+
+// scale is by how much the times of a table are shorter than those of the
+// product: deadlines, stalls and outages.
+func (c *faultCase) scale() time.Duration {
+	switch {
+	case realFaults:
 		return 1
+	case c.tcp != nil:
+		return 3 // a login over SSH takes its time
 	}
 	return 10
-}()
+}
 
-var (
-	faultDeadline = mount.DefaultReadTimeout / faultScale
-	faultStall    = httpio.Stall / faultScale
-)
+func (c *faultCase) deadline() time.Duration { return mount.DefaultReadTimeout / c.scale() }
 
-// A fault is a row of the table: what goes wrong between a reader and its store.
+func (c *faultCase) stall() time.Duration { return httpio.Stall / c.scale() }
+
+// A fault is a row of a table: what goes wrong between a reader and its store.
 type fault struct {
 	name string
-	// begin makes it go wrong at p from now on, and returns what heals it; nil
-	// is p.Set(nil). It stands for set where that is nil.
-	begin func(p *faultproxy.Proxy) (heal func() error)
-	set   func(p *faultproxy.Proxy) faultproxy.Fault
+	// begin makes it go wrong from now on, and returns what heals it.
+	begin func(c *faultCase) (heal func() error)
 	tls   bool // the store is reached with https
-	noWeb bool // it is a registry's way only
+	alone bool // it needs a server of its own
 	// The outcome: cells of start, read, prefetch, read with a second store, and
-	// read from a web server. An empty one is as the cell before it, but the
-	// one of prefetch, which is as start and read bring it about.
-	start, read, prefetch, second, web string
+	// read from the other kind of store. That of read may be as that of start.
+	start, read, prefetch, second, other string
 }
 
 // What a cell can say.
@@ -86,75 +89,179 @@ const (
 	tablePassword = "s3cret"
 )
 
-func always(f faultproxy.Fault) func(*faultproxy.Proxy) faultproxy.Fault {
-	return func(*faultproxy.Proxy) faultproxy.Fault { return f }
+// answer makes the proxy answer with what f makes of it.
+func answer(f func(*faultproxy.Proxy) faultproxy.Fault) func(*faultCase) func() error {
+	return func(c *faultCase) func() error {
+		c.proxy.Set(f(c.proxy))
+		return func() error { c.proxy.Set(nil); return nil }
+	}
 }
 
-func times(n int, f faultproxy.Fault) func(*faultproxy.Proxy) faultproxy.Fault {
-	return func(*faultproxy.Proxy) faultproxy.Fault { return faultproxy.Times(n, f) }
+func always(f faultproxy.Fault) func(*faultCase) func() error {
+	return answer(func(*faultproxy.Proxy) faultproxy.Fault { return f })
 }
 
-func outage(d time.Duration) func(*faultproxy.Proxy) faultproxy.Fault {
-	return func(*faultproxy.Proxy) faultproxy.Fault { return faultproxy.Outage(d / faultScale) }
+func times(n int, f faultproxy.Fault) func(*faultCase) func() error {
+	return answer(func(*faultproxy.Proxy) faultproxy.Fault { return faultproxy.Times(n, f) })
 }
+
+func outage(d time.Duration) func(*faultCase) func() error {
+	return func(c *faultCase) func() error { return always(faultproxy.Outage(d / c.scale()))(c) }
+}
+
+func toOther(p *faultproxy.Proxy) faultproxy.Fault { return faultproxy.Redirect(307, p.Other(), false) }
 
 // expiringToken makes tokens expire after three requests, with status.
-func expiringToken(status int) func(*faultproxy.Proxy) func() error {
-	return func(p *faultproxy.Proxy) func() error {
-		p.RequireToken(tableUser, tablePassword, 3, status)
+func expiringToken(status int) func(*faultCase) func() error {
+	return func(c *faultCase) func() error {
+		c.proxy.RequireToken(tableUser, tablePassword, 3, status)
 		return func() error { return nil }
 	}
 }
 
-// faults are the rows.
-var faults = []fault{
-	{name: "connection refused", begin: refuse, start: timedOut, prefetch: goesOn, second: skipped, web: timedOut},
-	{name: "RST in the body, 3 times", set: times(3, faultproxy.Reset(100)), start: late, prefetch: late, second: skipped, web: late},
-	{name: "RST in the body, always", set: always(faultproxy.Reset(100)), start: timedOut, prefetch: goesOn, second: skipped, web: timedOut},
-	{name: "body too short, always", set: always(faultproxy.Short(100)), start: timedOut, prefetch: goesOn, second: skipped, web: timedOut},
-	{name: "nothing comes for 2 s", set: outage(2 * time.Second), start: fine, prefetch: all, second: fine, web: fine},
-	{name: "nothing comes for 12 s", set: outage(12 * time.Second), start: late, prefetch: late, second: skipped, web: late},
-	{name: "nothing comes for 120 s", set: outage(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, web: timedOut},
-	{name: "1 byte a second", set: always(faultproxy.Slow(0, 1)), start: timedOut, prefetch: goesOn, second: skipped, web: timedOut},
-	{name: "429, Retry-After: 1, once", set: times(1, faultproxy.Status(429, "1")), start: late, prefetch: late, second: skipped, web: late},
-	{name: "503, Retry-After: a date, once", set: func(*faultproxy.Proxy) faultproxy.Fault {
-		return faultproxy.Times(1, faultproxy.Status(503, time.Now().Add(2*time.Second).UTC().Format(http.TimeFormat)))
-	}, start: late, prefetch: late, second: skipped, web: late},
-	{name: "503, Retry-After: 3600, always", set: always(faultproxy.Status(503, "3600")), start: timedOut, prefetch: goesOn, second: skipped, web: timedOut},
-	{name: "500, 3 times", set: times(3, faultproxy.Status(500, "")), start: late, prefetch: late, second: skipped, web: late},
-	{name: "200 with the whole blob for 206", set: always(faultproxy.IgnoreRange()), start: fine, prefetch: all, second: fine, web: fine},
-	{name: "another range than asked for", set: always(faultproxy.WrongRange(5)), start: timedOut, prefetch: goesOn, second: skipped, web: fine},
-	{name: "answer longer than asked for", set: always(faultproxy.Overlong(10, true)), start: timedOut, prefetch: goesOn, second: skipped, web: now},
-	{name: "a web page with 200", set: always(faultproxy.WebPage()), start: timedOut, prefetch: goesOn, second: skipped, web: timedOut},
-	{name: "404", set: always(faultproxy.Status(404, "")), start: now, prefetch: givesUp, second: skipped, web: now},
-	{name: "401 when the token expires", begin: expiringToken(401), noWeb: true, start: fine, prefetch: all, second: fine},
-	{name: "403 when the token expires", begin: expiringToken(403), noWeb: true, start: fine, prefetch: all, second: fine},
-	{name: "403, whatever is shown", set: always(faultproxy.Status(403, "")), start: now, prefetch: givesUp, second: skipped, web: now},
-	{name: "307 to another host", set: func(p *faultproxy.Proxy) faultproxy.Fault { return faultproxy.Redirect(307, p.Other(), false) }, start: fine, prefetch: all, second: fine, web: fine},
-	{name: "307 to a signed URL that has expired, 3 times", set: func(p *faultproxy.Proxy) faultproxy.Fault {
-		return faultproxy.Times(3, faultproxy.Redirect(307, p.Other(), true))
-	}, start: late, prefetch: late, second: skipped, web: late},
-	{name: "redirects in a circle", set: always(faultproxy.RedirectLoop()), start: now, prefetch: givesUp, second: skipped, web: now},
-	{name: "from https to http", tls: true, set: func(p *faultproxy.Proxy) faultproxy.Fault { return faultproxy.Redirect(307, p.Other(), false) }, start: now, prefetch: givesUp, second: skipped, web: now},
-	{name: "HEAD refused", set: always(faultproxy.RefuseHead()), start: fine, prefetch: all, second: fine, web: fine},
-	{name: "wrong bytes, once", set: times(1, faultproxy.Flip(40)), start: late, prefetch: late, second: skipped, web: late},
-	{name: "wrong bytes, always", set: always(faultproxy.Flip(40)), start: now, prefetch: givesUp, second: skipped, web: now},
-}
-
-func refuse(p *faultproxy.Proxy) func() error {
-	if err := p.Refuse(true); err != nil {
+// refuse makes connections be refused.
+func refuse(c *faultCase) func() error {
+	proxy := interface{ Refuse(bool) error }(c.proxy)
+	if c.tcp != nil {
+		proxy = c.tcp
+	}
+	if err := proxy.Refuse(true); err != nil {
 		return func() error { return err }
 	}
 	return func() error {
 		// Another process may have the port for a moment.
 		var err error
 		for range 100 {
-			if err = p.Refuse(false); err == nil {
+			if err = proxy.Refuse(false); err == nil {
 				return nil
 			}
 			time.Sleep(50 * time.Millisecond)
 		}
 		return err
+	}
+}
+
+// faults are the rows.
+var faults = []fault{
+	{name: "connection refused", begin: refuse, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "RST in the body, 3 times", begin: times(3, faultproxy.Reset(100)), start: late, prefetch: late, second: skipped, other: late},
+	{name: "RST in the body, always", begin: always(faultproxy.Reset(100)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "body too short, always", begin: always(faultproxy.Short(100)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "nothing comes for 2 s", begin: outage(2 * time.Second), start: fine, prefetch: all, second: fine, other: fine},
+	{name: "nothing comes for 12 s", begin: outage(12 * time.Second), start: late, prefetch: late, second: skipped, other: late},
+	{name: "nothing comes for 120 s", begin: outage(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "1 byte a second", begin: always(faultproxy.Slow(0, 1)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "429, Retry-After: 1, once", begin: times(1, faultproxy.Status(429, "1")), start: late, prefetch: late, second: skipped, other: late},
+	{name: "503, Retry-After: a date, once", begin: answer(func(*faultproxy.Proxy) faultproxy.Fault {
+		return faultproxy.Times(1, faultproxy.Status(503, time.Now().Add(2*time.Second).UTC().Format(http.TimeFormat)))
+	}), start: late, prefetch: late, second: skipped, other: late},
+	{name: "503, Retry-After: 3600, always", begin: always(faultproxy.Status(503, "3600")), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "500, 3 times", begin: times(3, faultproxy.Status(500, "")), start: late, prefetch: late, second: skipped, other: late},
+	{name: "200 with the whole blob for 206", begin: always(faultproxy.IgnoreRange()), start: fine, prefetch: all, second: fine, other: fine},
+	{name: "another range than asked for", begin: always(faultproxy.WrongRange(5)), start: timedOut, prefetch: goesOn, second: skipped, other: fine},
+	{name: "answer longer than asked for", begin: always(faultproxy.Overlong(10, true)), start: timedOut, prefetch: goesOn, second: skipped, other: now},
+	{name: "a web page with 200", begin: always(faultproxy.WebPage()), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "404", begin: always(faultproxy.Status(404, "")), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "401 when the token expires", begin: expiringToken(401), start: fine, prefetch: all, second: fine, other: none},
+	{name: "403 when the token expires", begin: expiringToken(403), start: fine, prefetch: all, second: fine, other: none},
+	{name: "403, whatever is shown", begin: always(faultproxy.Status(403, "")), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "307 to another host", begin: answer(toOther), start: fine, prefetch: all, second: fine, other: fine},
+	{name: "307 to a signed URL that has expired, 3 times", begin: answer(func(p *faultproxy.Proxy) faultproxy.Fault {
+		return faultproxy.Times(3, faultproxy.Redirect(307, p.Other(), true))
+	}), start: late, prefetch: late, second: skipped, other: late},
+	{name: "redirects in a circle", begin: always(faultproxy.RedirectLoop()), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "from https to http", tls: true, begin: answer(toOther), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "HEAD refused", begin: always(faultproxy.RefuseHead()), start: fine, prefetch: all, second: fine, other: fine},
+	{name: "wrong bytes, once", begin: times(1, faultproxy.Flip(40)), start: late, prefetch: late, second: skipped, other: late},
+	{name: "wrong bytes, always", begin: always(faultproxy.Flip(40)), start: now, prefetch: givesUp, second: skipped, other: now},
+}
+
+// sshFaults are the rows of the table of stores over SSH.
+var sshFaults = []fault{
+	{name: "connection refused", begin: refuse, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "RST in the middle of a frame, once", begin: breaking(1, true), start: late, read: fine, prefetch: all, second: fine, other: fine},
+	{name: "end of the stream in the middle of a frame, once", begin: breaking(1, false), start: late, read: fine, prefetch: all, second: fine, other: fine},
+	{name: "end of the stream in the middle of a frame, always", begin: breaking(1000, false), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "nothing comes for 2 s", begin: hold(2 * time.Second), start: fine, prefetch: all, second: fine, other: fine},
+	{name: "nothing comes for 12 s", begin: hold(12 * time.Second), start: fine, prefetch: all, second: fine, other: fine},
+	{name: "nothing comes for 120 s", begin: hold(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "1 byte a second", begin: func(c *faultCase) func() error {
+		c.tcp.Slow(1)
+		return func() error { c.tcp.Slow(0); return nil }
+	}, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "another host key", alone: true, begin: anotherHostKey, start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "our key is no longer let in", alone: true, begin: ownKeyRefused, start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "the chunks are gone", alone: true, begin: func(c *faultCase) func() error {
+		dir := filepath.Join(c.sshd.Srv, looseStore)
+		if err := os.Rename(dir, dir+".away"); err != nil {
+			return func() error { return err }
+		}
+		return func() error { return os.Rename(dir+".away", dir) }
+	}, start: now, prefetch: givesUp, second: skipped, other: now},
+}
+
+// breaking ends n connections in the middle of a chunk.
+func breaking(n int, reset bool) func(*faultCase) func() error {
+	return func(c *faultCase) func() error {
+		c.tcp.Break(n, 4000, reset) // behind what a login takes
+		return func() error { c.tcp.Break(0, 0, false); return nil }
+	}
+}
+
+func hold(d time.Duration) func(*faultCase) func() error {
+	return func(c *faultCase) func() error {
+		c.tcp.Hold(true)
+		timer := time.AfterFunc(d/c.scale(), func() { c.tcp.Hold(false) })
+		return func() error { timer.Stop(); c.tcp.Hold(false); return nil }
+	}
+}
+
+// restarted stops the server, which ends its connections, and starts it again
+// with what change has done.
+func restarted(c *faultCase, change func() error) error {
+	return errors.Join(c.sshd.Close(), change(), c.sshd.Start(context.Background()))
+}
+
+func anotherHostKey(c *faultCase) func() error {
+	// The server has its keys where it sees /etc/ssh/keys.
+	key := filepath.Join(filepath.Dir(c.sshd.Srv), "etc/ssh/keys/host_ed25519")
+	old, err := os.ReadFile(key)
+	if err == nil {
+		err = restarted(c, c.sshd.NewHostKey)
+	}
+	return func() error {
+		return errors.Join(err, restarted(c, func() error { return os.WriteFile(key, old, 0o600) }))
+	}
+}
+
+func ownKeyRefused(c *faultCase) func() error {
+	keys := filepath.Join(filepath.Dir(c.sshd.Srv), "etc/ssh/keys/authorized_keys")
+	old, err := os.ReadFile(keys)
+	if err == nil {
+		err = restarted(c, func() error { return os.WriteFile(keys, nil, 0o644) })
+	}
+	return func() error {
+		return errors.Join(err, restarted(c, func() error { return os.WriteFile(keys, old, 0o644) }))
+	}
+}
+
+// A column is a way to read.
+type column struct {
+	name string
+	open func(*faultCase) (chunkstore.Store, error)
+	run  func(*faultCase, chunkstore.Store) outcome
+	want func(f fault) string
+}
+
+// columns are start, read, prefetch and second store of one kind of store, and
+// read of another.
+func columns(kind, other func(*faultCase) (chunkstore.Store, error), otherName string) []column {
+	return []column{
+		{"start", kind, (*faultCase).start, func(f fault) string { return f.start }},
+		{"read", kind, (*faultCase).read, func(f fault) string { return cmp.Or(f.read, f.start) }},
+		{"prefetch", kind, (*faultCase).prefetch, func(f fault) string { return f.prefetch }},
+		{"second store", kind, (*faultCase).withSecond, func(f fault) string { return f.second }},
+		{otherName, other, (*faultCase).read, func(f fault) string { return f.other }},
 	}
 }
 
@@ -164,74 +271,55 @@ func refuse(p *faultproxy.Proxy) func() error {
 // the deadline, and what failed works once the fault has healed.
 func TestFaultTable(t *testing.T) {
 	env := newFaultEnv(t)
-	columns := []struct {
-		name string
-		run  func(*faultCase) outcome
-		want func(f fault) string
-	}{
-		{"start", (*faultCase).start, func(f fault) string { return f.start }},
-		{"read", (*faultCase).read, func(f fault) string { return cmp.Or(f.read, f.start) }},
-		{"prefetch", (*faultCase).prefetch, func(f fault) string { return f.prefetch }},
-		{"second store", (*faultCase).withSecond, func(f fault) string { return f.second }},
-		{"web server", (*faultCase).fromWeb, func(f fault) string {
-			if f.noWeb {
-				return none
-			}
-			return f.web
-		}},
-	}
-	seen := make([][]outcome, len(faults))
-	var wg sync.WaitGroup
-	slots := make(chan struct{}, 48) // mostly they wait
-	for i, f := range faults {
-		seen[i] = make([]outcome, len(columns))
-		for j, c := range columns {
-			wg.Go(func() {
-				slots <- struct{}{}
-				defer func() { <-slots }()
-				if want := c.want(f); want == none {
-					seen[i][j].cell = none
-				} else {
-					// A second is short on a busy machine: what differs is tried
-					// again, but for wrong bytes.
-					for range 3 {
-						seen[i][j] = env.run(f, c.run)
-						if o := &seen[i][j]; o.corrupt || o.cell == want && len(o.wrong) == 0 {
-							break
-						}
-					}
-				}
-			})
-		}
-	}
-	wg.Wait()
-
-	var page strings.Builder
+	var page, said strings.Builder
 	page.WriteString(failureHead)
-	for i, f := range faults {
-		fmt.Fprintf(&page, "| %s |", f.name)
-		for j, c := range columns {
-			o := seen[i][j]
-			if want := c.want(f); o.cell != want {
-				t.Errorf("%s, %s: got %q (%s), want %q", f.name, c.name, o.cell, o.said, want)
-			}
-			for _, w := range o.wrong {
-				t.Errorf("%s, %s: %s", f.name, c.name, w)
-			}
-			fmt.Fprintf(&page, " %s |", o.cell)
-		}
-		page.WriteString("\n")
+	said.WriteString(failureSaid)
+	tables := []struct {
+		head    string
+		faults  []fault
+		columns []column
+		names   [2]string // of read's store, and of the last column's
+		atOnce  int       // cells; mostly they wait, but those of SSH start processes
+		seen    [][]outcome
+	}{
+		{head: failureHTTP, faults: faults, atOnce: 48,
+			columns: columns((*faultCase).registry, (*faultCase).web, "web server"), names: [2]string{"registry", "web server"}},
+		{head: failureSSH, faults: sshFaults, atOnce: 16,
+			columns: columns((*faultCase).ssh, (*faultCase).sftp, "SFTP"), names: [2]string{"casync over SSH", "SFTP"}},
 	}
-	page.WriteString(failureSaid)
-	for i, f := range faults {
-		for _, j := range []int{1, 4} {
-			if said := seen[i][j].said; said != "" {
-				fmt.Fprintf(&page, "| %s | %s | %s |\n", f.name, []string{"registry", "web server"}[j/4], said)
+	var filled sync.WaitGroup
+	for i := range tables {
+		table := &tables[i]
+		filled.Go(func() { table.seen = env.fill(table.faults, table.columns, table.atOnce) })
+	}
+	filled.Wait()
+	for _, table := range tables {
+		page.WriteString(table.head)
+		for i, f := range table.faults {
+			fmt.Fprintf(&page, "| %s |", f.name)
+			for j, c := range table.columns {
+				o := table.seen[i][j]
+				if want := c.want(f); o.cell != want {
+					t.Errorf("%s, %s: got %q (%s), want %q", f.name, c.name, o.cell, o.said, want)
+				}
+				for _, w := range o.wrong {
+					t.Errorf("%s, %s: %s", f.name, c.name, w)
+				}
+				fmt.Fprintf(&page, " %s |", o.cell)
+			}
+			page.WriteString("\n")
+		}
+		for i, f := range table.faults {
+			for k, j := range []int{1, 4} {
+				if s := table.seen[i][j].said; s != "" {
+					fmt.Fprintf(&said, "| %s | %s | %s |\n", f.name, table.names[k], s)
+				}
 			}
 		}
 	}
-	if faultScale == 1 {
-		return // a second is a tenth of what the page says
+	page.WriteString(said.String())
+	if realFaults {
+		return // a second is a part of what the page says
 	}
 	if *update {
 		if err := os.WriteFile(failurePage, []byte(page.String()), 0o644); err != nil {
@@ -246,6 +334,37 @@ func TestFaultTable(t *testing.T) {
 	if string(have) != page.String() {
 		t.Errorf("docs/failure.md is not what happens: read what differs, then write it anew with\n\tgo test ./internal/e2e -run TestFaultTable -update\n%s", firstDifference(string(have), page.String()))
 	}
+}
+
+// fill makes the outcomes of a table, row by row, and so many at a time.
+func (e *faultEnv) fill(faults []fault, columns []column, atOnce int) [][]outcome {
+	seen := make([][]outcome, len(faults))
+	var wg sync.WaitGroup
+	slots := make(chan struct{}, atOnce)
+	for i, f := range faults {
+		seen[i] = make([]outcome, len(columns))
+		for j, c := range columns {
+			wg.Go(func() {
+				slots <- struct{}{}
+				defer func() { <-slots }()
+				want := c.want(f)
+				if want == none {
+					seen[i][j].cell = none
+					return
+				}
+				// A second is short on a busy machine: what differs is tried
+				// again, but for wrong bytes.
+				for range 3 {
+					o := e.run(f, c)
+					if seen[i][j] = o; o.corrupt || o.cell == want && len(o.wrong) == 0 {
+						return
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	return seen
 }
 
 // firstDifference shows the first line in which two texts differ.
@@ -274,19 +393,34 @@ the page says what the program does.
 
 In every cell it also checks that the bytes were right or that there were none, that the answer came before the deadline, and that the
 same open image reads again once the fault has healed. A read has 60 s; a store that brings less than 16 KiB in 10 s is given
-up and asked anew. The test takes a tenth of these times.
+up and asked anew. The test takes a tenth of these times, and a third with SSH.
 
 - **start**: the fault is there when the container starts: start set and program are fetched for the first time.
 - **read**: the container runs, has read before, and reads something that nobody has read yet.
 - **prefetch**: the container runs and fetches the rest ahead.
 - **second store**: as *read*, with another store behind the one that fails. Ten more chunks do not wait for it again.
-- **web server**: as *read*, from single chunks on a web server instead of packs in a registry.
+- **web server**, **SFTP**: as *read*, from single chunks there.
+`
+
+const failureHTTP = `
+## Registry and web server
 
 | fault | start | read | prefetch | second store | web server |
 |---|---|---|---|---|---|
 `
 
+const failureSSH = `
+## SSH
+
+A connection is given up when it has been silent for 20 s.
+
+| fault | start | read | prefetch | second store | SFTP |
+|---|---|---|---|---|---|
+`
+
 const failureSaid = `
+## What the log says
+
 A read that fails is EIO for the program and a line in boot's log. This is the line's end, without the names of chunks and hosts and with N
 for numbers of bytes.
 
@@ -294,15 +428,21 @@ for numbers of bytes.
 |---|---|---|
 `
 
-// faultEnv is the converted image that the table reads, in a registry and on a
-// web server.
+// faultEnv is the converted image that the table reads, in a registry, on a web
+// server and on an SSH server.
 type faultEnv struct {
 	image    *converted.Image
 	registry string // host:port
 	web      string // host:port
+	loose    string // the directory of single chunks
+	sshd     *testenv.SSHD
+	startSSH func() (*testenv.SSHD, error) // another one
 }
 
-const faultRepository = "faults"
+const (
+	faultRepository = "faults"
+	looseStore      = "rootfs.castr"
+)
 
 func newFaultEnv(t *testing.T) *faultEnv {
 	cache, err := testenv.OpenCache()
@@ -322,16 +462,35 @@ func newFaultEnv(t *testing.T) *faultEnv {
 		t.Fatal(err)
 	}
 	stopAtEnd(t, web)
+	e := &faultEnv{registry: w.registry.Address, web: web.Address, loose: filepath.Join(web.Root, looseStore)}
 	destination := w.registry.Address + "/" + faultRepository + ":packs"
-	for _, args := range [][]string{
-		{destination},
-		{"--store", filepath.Join(web.Root, "rootfs.castr"), w.registry.Address + "/" + faultRepository + ":loose"},
-	} {
+	for _, args := range [][]string{{destination}, {"--store", e.loose, w.registry.Address + "/" + faultRepository + ":loose"}} {
 		last := len(args) - 1
 		args = append(append([]string{"--boot", w.boot}, args[:last]...), "oci:"+layout, args[last])
 		if out, err := w.command(args...).CombinedOutput(); err != nil {
 			t.Fatalf("convert: %v\n%s", err, out)
 		}
+	}
+	// Many clients log in at once, and some break off.
+	e.startSSH = func() (*testenv.SSHD, error) {
+		s, err := testenv.StartSSHD(t.Context(), t.TempDir(), testenv.SSHDOptions{Config: `HostKey /etc/ssh/keys/host_ed25519
+AuthorizedKeysFile /etc/ssh/keys/authorized_keys
+PermitRootLogin yes
+PasswordAuthentication no
+UsePAM no
+UseDNS no
+PidFile none
+MaxStartups 1000
+Subsystem sftp internal-sftp
+`})
+		if err != nil {
+			return nil, err
+		}
+		stopAtEnd(t, s)
+		return s, os.CopyFS(filepath.Join(s.Srv, looseStore), os.DirFS(e.loose))
+	}
+	if e.sshd, err = e.startSSH(); err != nil {
+		t.Fatal(err)
 	}
 	ref, err := transport.Parse("docker://"+destination, "")
 	if err != nil {
@@ -342,7 +501,8 @@ func newFaultEnv(t *testing.T) *faultEnv {
 		t.Fatal(err)
 	}
 	stopAtEnd(t, opened)
-	return &faultEnv{image: opened.Images[0], registry: w.registry.Address, web: web.Address}
+	e.image = opened.Images[0]
+	return e
 }
 
 // outcome is what happened in a cell.
@@ -358,42 +518,53 @@ type outcome struct {
 type faultCase struct {
 	env   *faultEnv
 	fault fault
-	proxy *faultproxy.Proxy
-	tls   *httptest.Server // before proxy; nil: none
 	out   outcome
+	close []func()
 	heal  func() error
+
+	// What stands before the store: one of them.
+	proxy *faultproxy.Proxy
+	tcp   *faultproxy.TCP
+
+	tls  *httptest.Server // before proxy; nil: none
+	sshd *testenv.SSHD    // behind tcp
 }
 
 // run makes a cell's outcome.
-func (e *faultEnv) run(f fault, column func(*faultCase) outcome) outcome {
-	return column(&faultCase{env: e, fault: f})
+func (e *faultEnv) run(f fault, column column) outcome {
+	c := &faultCase{env: e, fault: f}
+	defer func() {
+		for _, end := range slices.Backward(c.close) {
+			end()
+		}
+	}()
+	s, err := column.open(c)
+	if err != nil {
+		return outcome{wrong: []string{err.Error()}}
+	}
+	if closer, ok := s.(io.Closer); ok {
+		c.close = append(c.close, func() { closer.Close() })
+	}
+	return column.run(c, s)
 }
 
 // connect puts the proxy before the server at upstream and returns where to
 // reach it.
-func (c *faultCase) connect(upstream string) (address string) {
+func (c *faultCase) connect(upstream string) (scheme, address string, err error) {
 	p, err := faultproxy.New("http://" + upstream)
 	if err != nil {
-		c.bad("%v", err)
-		return upstream
+		return "", "", err
 	}
 	c.proxy = p
+	c.close = append(c.close, p.Close)
 	if !c.fault.tls {
-		return p.Addr()
+		return "http", p.Addr(), nil
 	}
 	c.tls = httptest.NewUnstartedServer(p)
 	c.tls.Config.ErrorLog = log.New(io.Discard, "", 0)
 	c.tls.StartTLS()
-	return c.tls.Listener.Addr().String()
-}
-
-func (c *faultCase) close() {
-	if c.tls != nil {
-		c.tls.Close()
-	}
-	if c.proxy != nil {
-		c.proxy.Close()
-	}
+	c.close = append(c.close, c.tls.Close)
+	return "https", c.tls.Listener.Addr().String(), nil
 }
 
 func (c *faultCase) bad(format string, args ...any) {
@@ -407,18 +578,57 @@ func (c *faultCase) transport() http.RoundTripper {
 	return nil
 }
 
-// open returns a reader of the packs behind the proxy, with more stores after
-// them.
-func (c *faultCase) open(more ...chunkstore.Store) *faultReader {
-	blobs, err := registrystore.NewRemote("registry://"+c.connect(c.env.registry)+"/"+faultRepository, registrystore.RemoteOptions{
-		Keychain: tableKeychain{}, Transport: c.transport(), Stall: faultStall,
-	})
+// registry is the store of packs behind the proxy.
+func (c *faultCase) registry() (chunkstore.Store, error) {
+	_, address, err := c.connect(c.env.registry)
 	if err != nil {
-		c.bad("%v", err)
+		return nil, err
 	}
-	return c.reader(append([]chunkstore.Store{registrystore.NewStore(blobs, c.env.image.Locators, c.env.image.Index)}, more...)...)
+	return c.packs(address, registrystore.RemoteOptions{Keychain: tableKeychain{}, Transport: c.transport(), Stall: c.stall()})
 }
 
+func (c *faultCase) packs(address string, o registrystore.RemoteOptions) (chunkstore.Store, error) {
+	blobs, err := registrystore.NewRemote("registry://"+address+"/"+faultRepository, o)
+	if err != nil {
+		return nil, err
+	}
+	return registrystore.NewStore(blobs, c.env.image.Locators, c.env.image.Index), nil
+}
+
+// web is the web server behind the proxy.
+func (c *faultCase) web() (chunkstore.Store, error) {
+	scheme, address, err := c.connect(c.env.web)
+	if err != nil {
+		return nil, err
+	}
+	return httpstore.New(scheme+"://"+address+"/"+looseStore, httpstore.Options{Transport: c.transport(), Stall: c.stall()})
+}
+
+func (c *faultCase) ssh() (chunkstore.Store, error)  { return c.overSSH("ssh") }
+func (c *faultCase) sftp() (chunkstore.Store, error) { return c.overSSH("sftp") }
+
+// overSSH is the SSH server behind the proxy.
+func (c *faultCase) overSSH(scheme string) (chunkstore.Store, error) {
+	c.sshd = c.env.sshd
+	if c.fault.alone {
+		var err error
+		if c.sshd, err = c.env.startSSH(); err != nil {
+			return nil, err
+		}
+	}
+	p, err := faultproxy.NewTCP(c.sshd.Address)
+	if err != nil {
+		return nil, err
+	}
+	c.tcp = p
+	c.close = append(c.close, p.Close)
+	_, key, _ := strings.Cut(c.sshd.HostKey, " ")
+	return sshstore.New(scheme+"://root@"+p.Addr()+"/srv/"+looseStore, sshstore.Options{
+		Keys: []string{c.sshd.Key}, HostKeys: []string{key}, Stall: 2 * c.stall(),
+	})
+}
+
+// reader reads as a container does, from stores.
 func (c *faultCase) reader(stores ...chunkstore.Store) *faultReader {
 	x := c.env.image.Index
 	f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: x.Digest(), Stores: stores})
@@ -430,15 +640,6 @@ type tableKeychain struct{}
 
 func (tableKeychain) Resolve(authn.Resource) (authn.Authenticator, error) {
 	return &authn.Basic{Username: tableUser, Password: tablePassword}, nil
-}
-
-func (c *faultCase) begin() {
-	if c.fault.begin != nil {
-		c.heal = c.fault.begin(c.proxy)
-		return
-	}
-	c.proxy.Set(c.fault.set(c.proxy))
-	c.heal = func() error { c.proxy.Set(nil); return nil }
 }
 
 // faultReader reads as a container does.
@@ -456,7 +657,7 @@ func (r *faultReader) failures() int64 {
 
 // chunk reads chunk i as a program would, with the time that a read has, and
 // verifies it.
-func (r *faultReader) chunk(i int) error { return r.within(faultDeadline, i) }
+func (r *faultReader) chunk(i int) error { return r.within(r.c.deadline(), i) }
 
 func (r *faultReader) within(deadline time.Duration, i int) error {
 	c, err := r.c.env.image.Index.At(i)
@@ -520,10 +721,9 @@ func (c *faultCase) chunks() (warm, cold, colder int) {
 	return n / 4, n / 2, 3 * n / 4
 }
 
-func (c *faultCase) start() outcome {
-	defer c.close()
-	r := c.open()
-	c.begin()
+func (c *faultCase) start(s chunkstore.Store) outcome {
+	r := c.reader(s)
+	c.heal = c.fault.begin(c)
 	ctx, cancel := context.WithCancel(context.Background())
 	var prefetch sync.WaitGroup
 	prefetch.Go(func() { r.image.Prefetch(ctx, c.env.image.Locators.StartSet()) }) // what it brings, the reads see
@@ -539,51 +739,33 @@ func (c *faultCase) start() outcome {
 	return c.out
 }
 
-func (c *faultCase) read() outcome {
-	defer c.close()
-	return c.readWith(c.open())
-}
-
-func (c *faultCase) readWith(r *faultReader) outcome {
+func (c *faultCase) read(s chunkstore.Store) outcome {
+	r := c.reader(s)
 	warm, cold, colder := c.chunks()
 	if err := r.chunk(warm); err != nil {
 		c.bad("before the fault: %v", err)
 	}
 	failures := r.failures()
-	c.begin()
+	c.heal = c.fault.begin(c)
 	err := r.chunk(cold)
 	r.outcome(failures, err)
 	r.healed(cold, colder)
 	return c.out
 }
 
-func (c *faultCase) fromWeb() outcome {
-	defer c.close()
-	address := c.connect(c.env.web)
-	scheme := "http://"
-	if c.tls != nil {
-		scheme = "https://"
-	}
-	s, err := httpstore.New(scheme+address+"/rootfs.castr", httpstore.Options{Transport: c.transport(), Stall: faultStall})
+func (c *faultCase) withSecond(s chunkstore.Store) outcome {
+	second, err := c.packs(c.env.registry, registrystore.RemoteOptions{})
 	if err != nil {
 		c.bad("%v", err)
+		return c.out
 	}
-	return c.readWith(c.reader(s))
-}
-
-func (c *faultCase) withSecond() outcome {
-	defer c.close()
-	blobs, err := registrystore.NewRemote("registry://"+c.env.registry+"/"+faultRepository, registrystore.RemoteOptions{})
-	if err != nil {
-		c.bad("%v", err)
-	}
-	r := c.open(registrystore.NewStore(blobs, c.env.image.Locators, c.env.image.Index))
+	r := c.reader(s, second)
 	warm, cold, colder := c.chunks()
 	if err := r.chunk(warm); err != nil {
 		c.bad("before the fault: %v", err)
 	}
 	failures := r.failures()
-	c.begin()
+	c.heal = c.fault.begin(c)
 	err = r.chunk(cold)
 	r.outcome(failures, err)
 	if s := r.fetcher.Stats().Stores[1]; s.Chunks > 0 && err == nil {
@@ -595,22 +777,21 @@ func (c *faultCase) withSecond() outcome {
 			c.bad("chunk %d: %v", i, err)
 		}
 	}
-	if took := time.Since(began); took > 5*faultStall {
+	if took := time.Since(began); took > 5*c.stall() {
 		c.bad("ten more chunks took %v", took)
 	}
 	r.healed(cold, colder)
 	return c.out
 }
 
-func (c *faultCase) prefetch() outcome {
-	defer c.close()
-	r := c.open()
+func (c *faultCase) prefetch(s chunkstore.Store) outcome {
+	r := c.reader(s)
 	warm, cold, _ := c.chunks()
 	if err := r.chunk(warm); err != nil {
 		c.bad("before the fault: %v", err)
 	}
 	failures := r.failures()
-	c.begin()
+	c.heal = c.fault.begin(c)
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	done := make(chan error, 1)
@@ -634,7 +815,7 @@ func (c *faultCase) prefetch() outcome {
 			c.out.cell = givesUp
 		}
 		r.healed(cold)
-	case <-time.After(faultDeadline / 2):
+	case <-time.After(c.deadline() / 2):
 		c.out.cell = goesOn
 		r.healed(cold)
 		select {
@@ -674,7 +855,7 @@ func (c *faultCase) shorten(err error) string {
 	if all := placeInMessage.FindAllStringIndex(s, -1); all != nil {
 		s = s[all[len(all)-1][0]+2:]
 	}
-	s = strings.ReplaceAll(s, faultStall.String(), httpio.Stall.String())
+	s = strings.ReplaceAll(s, c.stall().String(), httpio.Stall.String())
 	for _, sh := range shortenings {
 		s = sh.re.ReplaceAllString(s, sh.by)
 	}
