@@ -46,13 +46,14 @@ var realFaults = os.Getenv("BOOTFS_FAULTS") == "real"
 // scale is by how much the times of a table are shorter than those of the
 // product: deadlines, stalls and outages.
 func (c *faultCase) scale() time.Duration {
-	switch {
-	case realFaults:
-		return 1
-	case c.tcp != nil:
-		return 3 // a login over SSH takes its time
+	times := time.Duration(10)
+	if c.tcp != nil {
+		times = 3 // a login over SSH takes its time
 	}
-	return 10
+	if realFaults {
+		times = 1
+	}
+	return max(1, times>>c.attempt)
 }
 
 func (c *faultCase) deadline() time.Duration { return mount.DefaultReadTimeout / c.scale() }
@@ -66,6 +67,9 @@ type fault struct {
 	begin func(c *faultCase) (heal func() error)
 	tls   bool // the store is reached with https
 	alone bool // it needs a server of its own
+	// What the message of an EIO has in it, in the columns of read and of the
+	// other kind of store; the latter is as the former where it is "".
+	says, otherSays string
 	// The outcome: cells of start, read, prefetch, read with a second store, and
 	// read from the other kind of store. That of read may be as that of start.
 	start, read, prefetch, second, other string
@@ -143,55 +147,55 @@ func refuse(c *faultCase) func() error {
 
 // faults are the rows.
 var faults = []fault{
-	{name: "connection refused", begin: refuse, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "connection refused", says: "connection refused", begin: refuse, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "RST in the body, 3 times", begin: times(3, faultproxy.Reset(100)), start: late, prefetch: late, second: skipped, other: late},
-	{name: "RST in the body, always", begin: always(faultproxy.Reset(100)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
-	{name: "body too short, always", begin: always(faultproxy.Short(100)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "RST in the body, always", says: "connection reset by peer", begin: always(faultproxy.Reset(100)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "body too short, always", says: "unexpected EOF", begin: always(faultproxy.Short(100)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "nothing comes for 2 s", begin: outage(2 * time.Second), start: fine, prefetch: all, second: fine, other: fine},
 	{name: "nothing comes for 12 s", begin: outage(12 * time.Second), start: late, prefetch: late, second: skipped, other: late},
-	{name: "nothing comes for 120 s", begin: outage(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
-	{name: "1 byte a second", begin: always(faultproxy.Slow(0, 1)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "nothing comes for 120 s", says: "stalled: no answer", begin: outage(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "1 byte a second", says: "stalled: less than", begin: always(faultproxy.Slow(0, 1)), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "429, Retry-After: 1, once", begin: times(1, faultproxy.Status(429, "1")), start: late, prefetch: late, second: skipped, other: late},
 	{name: "503, Retry-After: a date, once", begin: answer(func(*faultproxy.Proxy) faultproxy.Fault {
 		return faultproxy.Times(1, faultproxy.Status(503, time.Now().Add(2*time.Second).UTC().Format(http.TimeFormat)))
 	}), start: late, prefetch: late, second: skipped, other: late},
-	{name: "503, Retry-After: 3600, always", begin: always(faultproxy.Status(503, "3600")), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "503, Retry-After: 3600, always", says: "to be asked again in 1h0m0s", begin: always(faultproxy.Status(503, "3600")), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "500, 3 times", begin: times(3, faultproxy.Status(500, "")), start: late, prefetch: late, second: skipped, other: late},
 	{name: "200 with the whole blob for 206", begin: always(faultproxy.IgnoreRange()), start: fine, prefetch: all, second: fine, other: fine},
-	{name: "another range than asked for", begin: always(faultproxy.WrongRange(5)), start: timedOut, prefetch: goesOn, second: skipped, other: fine},
-	{name: "answer longer than asked for", begin: always(faultproxy.Overlong(10, true)), start: timedOut, prefetch: goesOn, second: skipped, other: now},
-	{name: "a web page with 200", begin: always(faultproxy.WebPage()), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
-	{name: "404", begin: always(faultproxy.Status(404, "")), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "another range than asked for", says: "want bytes", begin: always(faultproxy.WrongRange(5)), start: timedOut, prefetch: goesOn, second: skipped, other: fine},
+	{name: "answer longer than asked for", says: "for a range of", otherSays: "no zstd frame", begin: always(faultproxy.Overlong(10, true)), start: timedOut, prefetch: goesOn, second: skipped, other: now},
+	{name: "a web page with 200", says: "got a web page", begin: always(faultproxy.WebPage()), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "404", says: "404 Not Found", begin: always(faultproxy.Status(404, "")), start: now, prefetch: givesUp, second: skipped, other: now},
 	{name: "401 when the token expires", begin: expiringToken(401), start: fine, prefetch: all, second: fine, other: none},
 	{name: "403 when the token expires", begin: expiringToken(403), start: fine, prefetch: all, second: fine, other: none},
-	{name: "403, whatever is shown", begin: always(faultproxy.Status(403, "")), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "403, whatever is shown", says: "403 Forbidden", begin: always(faultproxy.Status(403, "")), start: now, prefetch: givesUp, second: skipped, other: now},
 	{name: "307 to another host", begin: answer(toOther), start: fine, prefetch: all, second: fine, other: fine},
 	{name: "307 to a signed URL that has expired, 3 times", begin: answer(func(p *faultproxy.Proxy) faultproxy.Fault {
 		return faultproxy.Times(3, faultproxy.Redirect(307, p.Other(), true))
 	}), start: late, prefetch: late, second: skipped, other: late},
-	{name: "redirects in a circle", begin: always(faultproxy.RedirectLoop()), start: now, prefetch: givesUp, second: skipped, other: now},
-	{name: "from https to http", tls: true, begin: answer(toOther), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "redirects in a circle", says: "more than 10 redirects", begin: always(faultproxy.RedirectLoop()), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "from https to http", says: "refused to go on from https to http", tls: true, begin: answer(toOther), start: now, prefetch: givesUp, second: skipped, other: now},
 	{name: "HEAD refused", begin: always(faultproxy.RefuseHead()), start: fine, prefetch: all, second: fine, other: fine},
 	{name: "wrong bytes, once", begin: times(1, faultproxy.Flip(40)), start: late, prefetch: late, second: skipped, other: late},
-	{name: "wrong bytes, always", begin: always(faultproxy.Flip(40)), start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "wrong bytes, always", says: "is corrupt", begin: always(faultproxy.Flip(40)), start: now, prefetch: givesUp, second: skipped, other: now},
 }
 
 // sshFaults are the rows of the table of stores over SSH.
 var sshFaults = []fault{
-	{name: "connection refused", begin: refuse, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "connection refused", says: "connection refused", begin: refuse, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "RST in the middle of a frame, once", begin: breaking(1, true), start: late, read: fine, prefetch: all, second: fine, other: fine},
 	{name: "end of the stream in the middle of a frame, once", begin: breaking(1, false), start: late, read: fine, prefetch: all, second: fine, other: fine},
-	{name: "end of the stream in the middle of a frame, always", begin: breaking(1000, false), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "end of the stream in the middle of a frame, always", says: "the connection was lost", begin: breaking(1000, false), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "nothing comes for 2 s", begin: hold(2 * time.Second), start: fine, prefetch: all, second: fine, other: fine},
 	{name: "nothing comes for 12 s", begin: hold(12 * time.Second), start: fine, prefetch: all, second: fine, other: fine},
-	{name: "nothing comes for 120 s", begin: hold(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
-	{name: "1 byte a second", begin: func(c *faultCase) func() error {
+	{name: "nothing comes for 120 s", says: "nothing arrived within", begin: hold(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
+	{name: "1 byte a second", says: "nothing arrived within", begin: func(c *faultCase) func() error {
 		c.tcp.Slow(1)
 		return func() error { c.tcp.Slow(0); return nil }
 	}, start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
-	{name: "another host key", alone: true, begin: anotherHostKey, start: now, prefetch: givesUp, second: skipped, other: now},
-	{name: "our key is no longer let in", alone: true, begin: ownKeyRefused, start: now, prefetch: givesUp, second: skipped, other: now},
-	{name: "the chunks are gone", alone: true, begin: func(c *faultCase) func() error {
+	{name: "another host key", says: "is not the one that is pinned", alone: true, begin: anotherHostKey, start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "our key is no longer let in", says: "does not let root in", alone: true, begin: ownKeyRefused, start: now, prefetch: givesUp, second: skipped, other: now},
+	{name: "the chunks are gone", says: "chunk not found", alone: true, begin: func(c *faultCase) func() error {
 		dir := filepath.Join(c.sshd.Srv, looseStore)
 		if err := os.Rename(dir, dir+".away"); err != nil {
 			return func() error { return err }
@@ -251,17 +255,23 @@ type column struct {
 	open func(*faultCase) (chunkstore.Store, error)
 	run  func(*faultCase, chunkstore.Store) outcome
 	want func(f fault) string
+	says func(f fault) string // nil: the message is not shown
+}
+
+// said reports whether the message of a failed read is the one of its fault.
+func (c column) said(f fault, o outcome) bool {
+	return c.says == nil || o.said == "" || c.says(f) != "" && strings.Contains(o.said, c.says(f))
 }
 
 // columns are start, read, prefetch and second store of one kind of store, and
 // read of another.
 func columns(kind, other func(*faultCase) (chunkstore.Store, error), otherName string) []column {
 	return []column{
-		{"start", kind, (*faultCase).start, func(f fault) string { return f.start }},
-		{"read", kind, (*faultCase).read, func(f fault) string { return cmp.Or(f.read, f.start) }},
-		{"prefetch", kind, (*faultCase).prefetch, func(f fault) string { return f.prefetch }},
-		{"second store", kind, (*faultCase).withSecond, func(f fault) string { return f.second }},
-		{otherName, other, (*faultCase).read, func(f fault) string { return f.other }},
+		{"start", kind, (*faultCase).start, func(f fault) string { return f.start }, nil},
+		{"read", kind, (*faultCase).read, func(f fault) string { return cmp.Or(f.read, f.start) }, func(f fault) string { return f.says }},
+		{"prefetch", kind, (*faultCase).prefetch, func(f fault) string { return f.prefetch }, nil},
+		{"second store", kind, (*faultCase).withSecond, func(f fault) string { return f.second }, nil},
+		{otherName, other, (*faultCase).read, func(f fault) string { return f.other }, func(f fault) string { return cmp.Or(f.otherSays, f.says) }},
 	}
 }
 
@@ -287,19 +297,14 @@ func TestFaultTable(t *testing.T) {
 		{head: failureSSH, faults: sshFaults, atOnce: 16,
 			columns: columns((*faultCase).ssh, (*faultCase).sftp, "SFTP"), names: [2]string{"casync over SSH", "SFTP"}},
 	}
-	var filled sync.WaitGroup
-	for i := range tables {
-		table := &tables[i]
-		filled.Go(func() { table.seen = env.fill(table.faults, table.columns, table.atOnce) })
-	}
-	filled.Wait()
 	for _, table := range tables {
+		table.seen = env.fill(table.faults, table.columns, table.atOnce)
 		page.WriteString(table.head)
 		for i, f := range table.faults {
 			fmt.Fprintf(&page, "| %s |", f.name)
 			for j, c := range table.columns {
 				o := table.seen[i][j]
-				if want := c.want(f); o.cell != want {
+				if want := c.want(f); o.cell != want || !c.said(f, o) {
 					t.Errorf("%s, %s: got %q (%s), want %q", f.name, c.name, o.cell, o.said, want)
 				}
 				for _, w := range o.wrong {
@@ -353,10 +358,10 @@ func (e *faultEnv) fill(faults []fault, columns []column, atOnce int) [][]outcom
 					return
 				}
 				// A second is short on a busy machine: what differs is tried
-				// again, but for wrong bytes.
-				for range 3 {
-					o := e.run(f, c)
-					if seen[i][j] = o; o.corrupt || o.cell == want && len(o.wrong) == 0 {
+				// again with twice the time, but for wrong bytes.
+				for attempt := range 3 {
+					o := e.run(f, c, attempt)
+					if seen[i][j] = o; o.corrupt || o.cell == want && c.said(f, o) && len(o.wrong) == 0 {
 						return
 					}
 				}
@@ -516,11 +521,12 @@ type outcome struct {
 
 // faultCase is a reader with a fault before it.
 type faultCase struct {
-	env   *faultEnv
-	fault fault
-	out   outcome
-	close []func()
-	heal  func() error
+	env     *faultEnv
+	fault   fault
+	attempt int // from 0
+	out     outcome
+	close   []func()
+	heal    func() error
 
 	// What stands before the store: one of them.
 	proxy *faultproxy.Proxy
@@ -531,8 +537,8 @@ type faultCase struct {
 }
 
 // run makes a cell's outcome.
-func (e *faultEnv) run(f fault, column column) outcome {
-	c := &faultCase{env: e, fault: f}
+func (e *faultEnv) run(f fault, column column, attempt int) outcome {
+	c := &faultCase{env: e, fault: f, attempt: attempt}
 	defer func() {
 		for _, end := range slices.Backward(c.close) {
 			end()
@@ -847,11 +853,18 @@ var shortenings = []struct {
 	{regexp.MustCompile(`\d+ bytes`), "N bytes"},
 	{regexp.MustCompile(`(zstd frame) \([^)]*\)`), "$1"},
 	{regexp.MustCompile(`(: (read|write) tcp )?HOST->HOST`), ""},
+	{regexp.MustCompile(`SHA256:[A-Za-z0-9+/]+`), "SHA256:…"},
+	{regexp.MustCompile(`\[127\.0\.0\.1\]:\d+ (\S+) AAAA\S+`), "[HOST]:PORT $1 AAAA…"},
+	{regexp.MustCompile(`within \d+s`), "within N s"},
+	{regexp.MustCompile(`casync ended|the connection was lost: .*`), "the connection was lost"}, // whoever notices it first
 }
 
 func (c *faultCase) shorten(err error) string {
 	s := err.Error()
 	s, _, _ = strings.Cut(s, "; gave up: ")
+	if i := strings.LastIndex(s, "://root@"); i >= 0 {
+		s = s[strings.LastIndexByte(s[:i], ' ')+1:]
+	}
 	if all := placeInMessage.FindAllStringIndex(s, -1); all != nil {
 		s = s[all[len(all)-1][0]+2:]
 	}
