@@ -126,7 +126,10 @@ func (e *evidence) carry(ctx context.Context, c *conversion, report *Report) err
 		report.Signatures = done
 		c.o.Log.Info(fmt.Sprintf("%d signatures and the like came along: they hold for the source, the converted image is to be signed itself", len(done)))
 	}
-	slices.Sort(report.Attestations)
+	if n := len(report.Attestations); n > 0 {
+		c.o.Log.Info(fmt.Sprintf("%d attestations of the source came along", n))
+		slices.Sort(report.Attestations)
+	}
 	return nil
 }
 

@@ -18,6 +18,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -251,10 +252,10 @@ func TestRoundTripWithPacks(t *testing.T) {
 				"arm64": testImage(t, "arm64", gzipLayers(t, "boot", "y")...),
 			}
 			packs := []string{"first pack", strings.Repeat("second pack", 10000)}
-			var progress int64
-			digest := commit(t, ref, Options{Progress: func(n int64) { progress += n }}, packs, images)
-			if want := int64(len(packs[0]) + len(packs[1])); progress < want {
-				t.Errorf("progress of %d bytes, at least %d were written", progress, want)
+			var progress atomic.Int64
+			digest := commit(t, ref, Options{Progress: func(n int64) { progress.Add(n) }}, packs, images)
+			if want := int64(len(packs[0]) + len(packs[1])); progress.Load() < want {
+				t.Errorf("progress of %d bytes, at least %d were written", progress.Load(), want)
 			}
 
 			s := open(t, ref, Options{})

@@ -88,6 +88,9 @@ func (t rewind) RoundTrip(r *http.Request) (*http.Response, error) {
 		if err != nil {
 			return nil, err
 		}
+		if r.Body != nil {
+			r.Body.Close()
+		}
 		again := *r
 		again.Body = body
 		r = &again

@@ -214,8 +214,8 @@ func TestUploadSurvivesCuts(t *testing.T) {
 					reg.cut(after)(w, r)
 					return true
 				}
-				var progress int64
-				up, _ := uploaderTo(t, reg, Options{Progress: func(n int64) { progress += n }})
+				var progress atomic.Int64
+				up, _ := uploaderTo(t, reg, Options{Progress: func(n int64) { progress.Add(n) }})
 				if reused, err := up.put(t.Context(), b); err != nil || reused {
 					t.Fatalf("stage %d broken after %d bytes: %v, %v; %q", stage, after, reused, err, reg.requests)
 				}
@@ -225,7 +225,7 @@ func TestUploadSurvivesCuts(t *testing.T) {
 				if again := reg.received - size; again < 0 || again > testPiece {
 					t.Errorf("stage %d broken after %d bytes: %d bytes were sent again, more than a piece; %q", stage, after, again, reg.requests)
 				}
-				if progress != size {
+				if progress := progress.Load(); progress != size {
 					t.Errorf("stage %d broken after %d bytes: progress of %d bytes, want %d", stage, after, progress, size)
 				}
 				if !broke && stage > 0 {
@@ -342,8 +342,8 @@ func TestUploadStalls(t *testing.T) {
 		})
 		up, s := uploaderTo(t, reg, Options{})
 		t.Cleanup(func() { close(over) })
-		up.piece, up.sending, up.answering = 32<<20, 300*time.Millisecond, 300*time.Millisecond
-		b, plain := randomBlob(33 << 20) // more than sockets hold
+		up.piece, up.sending, up.answering = 16<<20, time.Second, 3*time.Second
+		b, plain := randomBlob(17 << 20) // more than sockets hold
 		if _, err := up.put(t.Context(), b); err != nil || string(reg.blobs[b.digest.String()]) != string(plain) {
 			t.Errorf("after a stall: %v", err)
 		}
