@@ -1,15 +1,19 @@
 package convert
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
 	"maps"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"testing"
 
+	"github.com/container-bootfs/bootfs/chunker"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/assembly"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
@@ -168,5 +172,46 @@ func TestPlanReuseWhole(t *testing.T) {
 	b.gone[len(b.packs)-1] = true
 	if r := planReuse(b, chunks, DefaultRewriteBelow); r.whole(b) || len(r.kept) != len(b.packs)-1 {
 		t.Errorf("with a pack gone: kept %+v of %+v", r.kept, b.packs)
+	}
+}
+
+// TestBaseRead refuses locators that no honest converter writes.
+func TestBaseRead(t *testing.T) {
+	pack := registrystore.PackDescriptor{Digest: "sha256:" + strings.Repeat("ab", 32), Size: 1000}
+	for _, tt := range []struct {
+		name   string
+		chunks []byte // each a name
+		at     []registrystore.Location
+		want   string
+	}{
+		{"honest", []byte("aab"), []registrystore.Location{{Length: 400}, {Length: 400}, {Offset: 400, Length: 600}}, ""},
+		{"two places", []byte("aab"), []registrystore.Location{{Length: 400}, {Offset: 1, Length: 400}, {Offset: 400, Length: 600}}, "at two places"},
+		{"one over the other", []byte("abc"), []registrystore.Location{{Length: 400}, {Length: 400}, {Length: 400}}, "more into pack"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var file bytes.Buffer
+			w := index.NewWriter(&file, chunker.V1, index.SHA256)
+			for _, c := range tt.chunks {
+				if err := w.Append(index.ID{c}, 64<<10); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
+			x, err := index.Open(file.Bytes())
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := registrystore.EncodeLocators(x, []registrystore.PackDescriptor{pack}, tt.at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var b baseImage
+			err = b.read(&assembly.Contents{Index: file.Bytes(), Locators: l})
+			if tt.want == "" && (err != nil || len(b.chunks) != 2) || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("got %v with %d chunks, want an error with %q", err, len(b.chunks), tt.want)
+			}
+		})
 	}
 }
