@@ -22,7 +22,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"slices"
 
 	"golang.org/x/sync/errgroup"
@@ -46,8 +45,7 @@ type Cache struct {
 	To   []Place
 	Log  *slog.Logger
 
-	// What To is going to hold, by name: of all platforms.
-	saved map[string][]byte
+	kept map[string]*Record // what To is going to hold, by DiffID
 }
 
 // recordsAtOnce is how many records are fetched at a time.
@@ -99,28 +97,36 @@ func (c *Cache) load(ctx context.Context, diffID string) *Record {
 	return nil
 }
 
-// Keep lets the next Save write the record of a layer.
+// Keep lets Save write the record of a layer. Platforms may share one: their
+// units come together.
 func (c *Cache) Keep(diffID string, r *Record) {
-	name, err := Name(diffID)
-	if err != nil {
-		return
+	if old := c.kept[diffID]; old != nil {
+		for _, u := range old.Units {
+			r.add(old.Layers, u)
+		}
 	}
-	sealed, err := r.Seal(diffID)
-	if err != nil {
-		c.Log.Info(fmt.Sprintf("layer %s is not cached: %v", diffID, err))
-		return
+	if c.kept == nil {
+		c.kept = make(map[string]*Record)
 	}
-	if c.saved == nil {
-		c.saved = make(map[string][]byte)
-	}
-	c.saved[name] = sealed
+	c.kept[diffID] = r
 }
 
 // Save writes the records that were kept. A place that does not take them is a
 // warning.
 func (c *Cache) Save(ctx context.Context) {
+	records := make(map[string][]byte)
+	for id, r := range c.kept {
+		name, err := Name(id)
+		if err == nil {
+			records[name], err = r.Seal(id)
+		}
+		if err != nil {
+			delete(records, name)
+			c.Log.Info(fmt.Sprintf("layer %s is not cached: %v", id, err))
+		}
+	}
 	for _, p := range c.To {
-		if err := p.Put(ctx, maps.Clone(c.saved)); err != nil && ctx.Err() == nil {
+		if err := p.Put(ctx, records); err != nil && ctx.Err() == nil {
 			c.Log.Warn(fmt.Sprintf("cache %s was not written: %v", p, err))
 		}
 	}

@@ -307,6 +307,9 @@ func TestCache(t *testing.T) {
 		c.Keep(id, r)
 	}
 	c.Keep("", records[diffID(0)])
+	shared := &Record{Entries: records[diffID(0)].Entries, Layers: []string{diffID(0), diffID(8)}, Units: []Unit{unitOf(9, File{1, 2, 3}, File{0, 1, 1})}}
+	c.Keep(diffID(0), shared) // of another platform
+	records[diffID(0)] = shared
 	c.Save(t.Context())
 	if !strings.Contains(log.String(), "level=WARN msg=\"cache failing was not written: no route\"") {
 		t.Errorf("log: %s", &log)
@@ -320,6 +323,9 @@ func TestCache(t *testing.T) {
 	}
 	log.Reset()
 	got := c.Load(t.Context(), []string{diffID(1), diffID(0), "", diffID(1), diffID(7), "sha256:../../etc/passwd"})
+	if n := len(randomRecord(1).Units); len(got[diffID(0)].Units) != n+1 {
+		t.Errorf("a layer of two platforms has %d units, want %d", len(got[diffID(0)].Units), n+1)
+	}
 	if len(got) != 2 || !same(got[diffID(0)], records[diffID(0)]) || !same(got[diffID(1)], records[diffID(1)]) {
 		t.Errorf("loaded %+v", got)
 	}

@@ -127,6 +127,11 @@ func (c *conversion) readTree(ctx context.Context, img transport.Image, b *baseI
 			total += max(0, l.Size)
 		}
 	}
+	if len(c.o.CacheFrom) > 0 {
+		if _, err := CheckSpace(c.o.TempDir, blobs, 0, c.o.Log); err != nil {
+			return nil, err
+		}
+	}
 	progress := c.meter(img.Platform.String(), PhaseLayers, total)
 	fresh, closeFresh, err := ReadLayers(ctx, blobs, c.o.TempDir, progress.add)
 	if err != nil {

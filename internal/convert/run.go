@@ -156,7 +156,11 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 		other = registrystore.PackSpace
 	}
 	for _, img := range images { // one after the other
-		n, err := CheckSpace(o.TempDir, img.layers(), other, o.Log)
+		layers := img.layers()
+		if len(o.CacheFrom) > 0 {
+			layers = nil // which of them are read will be known then
+		}
+		n, err := CheckSpace(o.TempDir, layers, other, o.Log)
 		if err != nil {
 			return nil, err
 		}
