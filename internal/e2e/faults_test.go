@@ -260,7 +260,8 @@ type column struct {
 
 // said reports whether the message of a failed read is the one of its fault.
 func (c column) said(f fault, o outcome) bool {
-	return c.says == nil || o.said == "" || c.says(f) != "" && strings.Contains(o.said, c.says(f))
+	return c.says == nil || o.said == "" || c.says(f) != "" && strings.Contains(o.said, c.says(f)) ||
+		realFaults && strings.Contains(o.said, "nothing arrived within") // the last attempt, with little time
 }
 
 // columns are start, read, prefetch and second store of one kind of store, and
@@ -427,7 +428,7 @@ const failureSaid = `
 ## What the log says
 
 A read that fails is EIO for the program and a line in boot's log. This is the line's end, without the names of chunks and hosts and with N
-for numbers of bytes.
+for numbers of bytes. A store that is silent until the deadline has less time in its last attempt: then it is "nothing arrived within N s".
 
 | fault | from | what the log says |
 |---|---|---|
