@@ -251,7 +251,11 @@ func (a *auth) handshake(raw net.Conn, to address) (*ssh.Client, string, error) 
 	}
 	signers := slices.Clone(a.keys)
 	if len(a.keys) > 0 {
-		tried = append(tried, fmt.Sprintf("%d keys", len(a.keys)))
+		keys := "1 key"
+		if n := len(a.keys); n > 1 {
+			keys = fmt.Sprintf("%d keys", n)
+		}
+		tried = append(tried, keys)
 	}
 	if a.agent != "" {
 		tried = append(tried, "the agent")

@@ -176,7 +176,7 @@ func TestKeys(t *testing.T) {
 		want []string
 	}{
 		{Options{}, []string{"does not let root in", "nothing, as no key"}},
-		{Options{Keys: []string{other}, Password: "s3cret"}, []string{"tried 1 keys, the password"}},
+		{Options{Keys: []string{other}, Password: "s3cret"}, []string{"tried 1 key, the password"}},
 		{Options{Agent: filepath.Join(dir, "none")}, []string{"tried the agent", "no such file"}},
 	} {
 		test.o.HostKeys = pins
