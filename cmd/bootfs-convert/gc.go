@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -150,6 +152,9 @@ func (f *gcFlags) openCollected(address string) (collected, error) {
 	list, err := absStores([]string{address})
 	if err != nil {
 		return nil, err
+	}
+	if _, err := os.Stat(filepath.Join(list[0], "oci-layout")); err == nil {
+		return nil, usagef("%s is an OCI layout and holds packs, not single chunks: they go when the tool that removes its images collects the blobs", address)
 	}
 	s, err := stores.Open(list[0], stores.Source{Access: f.access()})
 	if err != nil {
