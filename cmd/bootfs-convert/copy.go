@@ -124,6 +124,9 @@ func runCopy(ctx context.Context, f *copyFlags, source, destination string) erro
 		return err
 	}
 	c, err := transport.Copy(ctx, stored, to, *edition)
+	if errors.As(err, new(*transport.SourceError)) {
+		return &convert.Error{Part: convert.Source, Err: err}
+	}
 	if err != nil {
 		return &convert.Error{Part: convert.Destination, Err: err}
 	}
@@ -252,7 +255,7 @@ func (f *copyFlags) packsOf(ctx context.Context, img *converted.Image, stored tr
 		if !strings.HasPrefix(address, "registry") {
 			continue
 		}
-		b, err := f.remote(address)
+		b, err := stores.Packs(address, f.access())
 		if try(b, err) {
 			return b, address, nil
 		}
@@ -261,11 +264,6 @@ func (f *copyFlags) packsOf(ctx context.Context, img *converted.Image, stored tr
 		return b, stored.StoreAddress(), nil
 	}
 	return nil, "", fmt.Errorf("the packs of %s are not to be found, name their store with --store: %w", img.Platform, errors.Join(reasons...))
-}
-
-// remote reads blobs of a repository.
-func (f *copyFlags) remote(address string) (registrystore.Blobs, error) {
-	return registrystore.NewRemote(address, registrystore.RemoteOptions{Keychain: f.access().Keychain, Hosts: f.hosts})
 }
 
 // rewriteStore makes address the recorded one in every platform of an image.

@@ -6,12 +6,17 @@
 // merged tree is laid out as a root image, and that is read once from front to
 // back: cut, named, encoded in parallel and put away in order. The root image
 // is never stored whole. Where an earlier image has most of the chunks, they
-// are named first, and only what its packs lack is read again and encoded. What Run writes depends on the source, the options
-// and the boot binary, not on the machine; and the destination shows the new
-// image complete or is what it was.
+// are named first, and only what its packs lack is read again and encoded. What
+// Run writes depends on the source, the options, the boot binary and the base,
+// not on the machine; and the destination shows the new image complete or is
+// what it was.
 package convert
 
-import "errors"
+import (
+	"errors"
+
+	"github.com/container-bootfs/bootfs/internal/transport"
+)
 
 // Part is one of the places that a conversion works with.
 type Part int
@@ -33,11 +38,14 @@ type Error struct {
 func (e *Error) Error() string { return e.Err.Error() }
 func (e *Error) Unwrap() error { return e.Err }
 
-// in marks err as one of part, unless it is marked already.
+// in marks err as one of part, unless it says itself of which it is.
 func in(part Part, err error) error {
 	var e *Error
 	if err == nil || errors.As(err, &e) {
 		return err
+	}
+	if errors.As(err, new(*transport.SourceError)) {
+		part = Source
 	}
 	return &Error{part, err}
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
+	"github.com/container-bootfs/bootfs/internal/transport"
 	"github.com/container-bootfs/bootfs/internal/tree"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -270,7 +271,9 @@ func (p *chunkPlace) bring(ctx context.Context, kept []keptPack, from []place) (
 	for i, k := range kept {
 		g.Go(func() error {
 			was, err := p.packs.PutPack(ctx, registrystore.Pack{PackDescriptor: k.PackDescriptor, From: from[i].address,
-				Open: func() (io.ReadCloser, error) { return from[i].blobs.Range(ctx, k.Digest, 0, k.Size) }})
+				Open: func() (io.ReadCloser, error) {
+					return transport.OpenBlob(ctx, from[i].blobs, k.Digest, k.Size)
+				}})
 			if err != nil {
 				return in(Destination, fmt.Errorf("pack %s of the base: %w", k.Digest, err))
 			}

@@ -40,9 +40,35 @@ type Copied struct {
 	Manifests int      // of the image
 }
 
+// SourceError is a fault of what is copied, not of where it goes.
+type SourceError struct{ Err error }
+
+func (e *SourceError) Error() string { return e.Err.Error() }
+func (e *SourceError) Unwrap() error { return e.Err }
+
+// ofSource marks err, which may be nil.
+func ofSource(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &SourceError{err}
+}
+
+// sourceReader reads a blob of a source.
+type sourceReader struct{ io.ReadCloser }
+
+func (r sourceReader) Read(p []byte) (int, error) {
+	n, err := r.ReadCloser.Read(p)
+	if err != io.EOF {
+		err = ofSource(err)
+	}
+	return n, err
+}
+
 // Copy writes what src stands for to dst, byte for byte: digests stay, and so
 // do the signatures and other manifests that refer to it or to a manifest in
-// it. The name of the destination is set last.
+// it. The name of the destination is set last. An error that wraps a
+// [SourceError] is of src, or of where the packs lie.
 func Copy(ctx context.Context, src Source, dst Destination, e Edition) (*Copied, error) {
 	c, err := newCopier(src, dst)
 	if err != nil {
@@ -151,14 +177,36 @@ func Blobs(ctx context.Context, src Stored) (map[string]bool, error) {
 }
 
 // OpenBlob reads a blob to its end, over connections that break, and ends with
-// io.EOF only if its bytes were those of its digest.
+// io.EOF only if its bytes were those of its digest. Its other errors are
+// SourceErrors.
 func OpenBlob(ctx context.Context, blobs registrystore.Blobs, digest string, size int64) (io.ReadCloser, error) {
 	h, err := v1.NewHash(digest)
 	if err != nil {
 		return nil, err
 	}
 	d := v1.Descriptor{Digest: h, Size: size}
-	return verify(newResumed(ctx, blobs, d, 0), d)
+	r := newResumed(ctx, blobs, d, 0)
+	v, err := verify(r, d)
+	if err != nil {
+		return nil, err
+	}
+	return &openedBlob{sourceReader{v}, r}, nil
+}
+
+// openedBlob is a blob that is verified if it is read from its beginning.
+type openedBlob struct {
+	io.ReadCloser
+	from *resumed
+}
+
+// Seek makes byte off the first to be read, of an upload that goes on there:
+// the registry checks the whole.
+func (b *openedBlob) Seek(off int64, whence int) (int64, error) {
+	if whence != io.SeekStart || b.from.off != 0 {
+		return 0, errors.ErrUnsupported
+	}
+	b.from.off, b.ReadCloser = off, sourceReader{b.from}
+	return off, nil
 }
 
 // PacksTag is the tag that keeps packs which lie in another repository than
@@ -184,7 +232,8 @@ type copier struct {
 	from string // repository of the same registry that has the blobs, or ""
 
 	sent, reused atomic.Int64
-	seen         int // manifests, of all walks
+	seen         int   // manifests, of all walks
+	seenBytes    int64 // of them
 }
 
 func newCopier(src Source, dst Destination) (*copier, error) {
@@ -218,7 +267,7 @@ type graph struct {
 // walk reads the manifests that root leads to.
 func (c *copier) walk(ctx context.Context, root v1.Descriptor) (*graph, error) {
 	g := &graph{known: make(map[v1.Hash]bool)}
-	return g, c.add(ctx, g, root, 0)
+	return g, ofSource(c.add(ctx, g, root, 0))
 }
 
 func (c *copier) add(ctx context.Context, g *graph, d v1.Descriptor, depth int) error {
@@ -235,6 +284,9 @@ func (c *copier) add(ctx context.Context, g *graph, d v1.Descriptor, depth int) 
 		if raw, err = c.src.Manifest(ctx, d); err != nil {
 			return err
 		}
+	}
+	if c.seenBytes += int64(len(raw)); c.seenBytes > maxManifestBytes {
+		return fmt.Errorf("its manifests have more than %d bytes", maxManifestBytes)
 	}
 	var m struct {
 		Manifests []v1.Descriptor `json:"manifests"`
@@ -254,6 +306,9 @@ func (c *copier) add(ctx context.Context, g *graph, d v1.Descriptor, depth int) 
 		blobs = append(blobs, *m.Config)
 	}
 	for _, b := range blobs {
+		if b.Size < 0 {
+			return fmt.Errorf("manifest %s: blob %s claims %d bytes", d.Digest, b.Digest, b.Size)
+		}
 		// Layers that must not be distributed are where their URLs say.
 		if g.known[b.Digest] || len(b.URLs) > 0 && !b.MediaType.IsDistributable() {
 			continue
@@ -290,12 +345,19 @@ func (c *copier) blob(d v1.Descriptor) blob {
 	}
 	b := blob{digest: d.Digest, size: d.Size, from: c.from}
 	b.open = func(ctx context.Context, off int64) (io.ReadCloser, error) {
+		var rc io.ReadCloser
+		var err error
 		if off == 0 {
-			return c.src.Blob(ctx, d)
+			rc, err = c.src.Blob(ctx, d)
+		} else {
+			// The registry checks the whole; what came before was checked by it
+			// as little.
+			rc, err = openFrom(ctx, c.src, d, off)
 		}
-		// The registry checks the whole; what came before was checked by it
-		// as little.
-		return openFrom(ctx, c.src, d, off)
+		if err != nil {
+			return nil, ofSource(err)
+		}
+		return sourceReader{rc}, nil
 	}
 	return b
 }
@@ -391,7 +453,7 @@ func (c *copier) findAttached(ctx context.Context, subjects []v1.Hash) ([]signed
 			})
 		}
 		if err := jobs.Wait(); err != nil {
-			return nil, fmt.Errorf("signatures: %w", err)
+			return nil, fmt.Errorf("signatures: %w", ofSource(err))
 		}
 		subjects = nil
 		for _, s := range found {

@@ -90,10 +90,11 @@ func (p *repository) explain(err error) error {
 		status *transport.Error
 		cert   *tls.CertificateVerificationError
 		dns    *net.DNSError
+		own    *unreadable
 	)
 	host := p.host()
 	switch {
-	case errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, fs.ErrNotExist):
+	case errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, fs.ErrNotExist) || errors.As(err, &own):
 		return err
 	case errors.As(err, &status) && (status.StatusCode == http.StatusUnauthorized || status.StatusCode == http.StatusForbidden):
 		login := "docker login " + host

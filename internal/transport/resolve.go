@@ -16,8 +16,13 @@ import (
 	"github.com/container-bootfs/bootfs/internal/layer"
 )
 
-// maxManifests bounds how many manifests one name may lead to.
-const maxManifests = 1000
+// maxManifests bounds how many manifests one name may lead to, and
+// maxManifestBytes how many bytes those have that are held at once: a manifest
+// with a thousand layers has 200 kB.
+const (
+	maxManifests     = 1000
+	maxManifestBytes = 64 << 20
+)
 
 // contents is where blobs lie under their digests: a registry's repository or
 // an OCI layout. The bytes are unverified.

@@ -256,7 +256,10 @@ func (a *answer) location() (*url.URL, error) {
 type content struct {
 	size int64
 	open func() (io.ReadCloser, error)
-	sent atomic.Int64 // bytes handed out so far
+	// whole says that what open returns ends here: it may find at its end that
+	// its bytes were not those that it should have.
+	whole bool
+	sent  atomic.Int64 // bytes handed out so far
 }
 
 // do sends one request and reads its answer. A refused login is renewed once.
@@ -304,7 +307,7 @@ func (u *uploader) send(ctx context.Context, s *session, method string, to *url.
 				return nil, &unreadable{err}
 			}
 			watch.Reset(u.sending)
-			return &sentBody{rc: rc, left: c.size, took: func(n int, done bool) {
+			return &sentBody{rc: rc, left: c.size, whole: c.whole, took: func(n int, done bool) {
 				c.sent.Add(int64(n))
 				u.progress(int64(n))
 				if done {
@@ -329,7 +332,7 @@ func (u *uploader) send(ctx context.Context, s *session, method string, to *url.
 		case context.Cause(watched) == httpio.ErrStalled && ctx.Err() == nil:
 			return nil, &failure{err: fmt.Errorf("%s: %w", to.Host, httpio.ErrStalled)}
 		case errors.As(err, &own):
-			return nil, own.err
+			return nil, own
 		}
 		return nil, judge(ctx, err)
 	}
@@ -344,9 +347,10 @@ func (e *unreadable) Unwrap() error { return e.err }
 
 // sentBody is a blob, or a piece of one, on its way.
 type sentBody struct {
-	rc   io.ReadCloser
-	left int64
-	took func(n int, done bool)
+	rc    io.ReadCloser
+	left  int64
+	whole bool // as in content
+	took  func(n int, done bool)
 }
 
 func (b *sentBody) Read(p []byte) (int, error) {
@@ -355,16 +359,19 @@ func (b *sentBody) Read(p []byte) (int, error) {
 	}
 	n, err := b.rc.Read(p[:min(int64(len(p)), b.left)])
 	b.left -= int64(n)
-	b.took(n, b.left == 0)
+	if b.left == 0 && b.whole && err == nil {
+		_, err = io.ReadFull(b.rc, make([]byte, 1))
+	}
 	switch {
-	case b.left == 0:
-		return n, io.EOF
+	case b.left == 0 && (err == nil || err == io.EOF || !b.whole):
+		err = io.EOF
 	case err == io.EOF:
-		err = io.ErrUnexpectedEOF
+		n, err = 0, &unreadable{io.ErrUnexpectedEOF}
+	case err != nil:
+		// The last bytes do not go where they are known to be wrong.
+		n, err = 0, &unreadable{err}
 	}
-	if err != nil {
-		err = &unreadable{err}
-	}
+	b.took(n, b.left == 0)
 	return n, err
 }
 
@@ -659,7 +666,7 @@ func (u *upload) finish(ctx context.Context) (done bool, err error) {
 	q := to.Query()
 	q.Set("digest", u.digest.String())
 	to.RawQuery = q.Encode()
-	c := &content{size: u.size - u.off, open: func() (io.ReadCloser, error) { return u.open(ctx, u.off) }}
+	c := &content{size: u.size - u.off, whole: true, open: func() (io.ReadCloser, error) { return u.open(ctx, u.off) }}
 	a, err := u.do(ctx, http.MethodPut, &to, http.Header{"Content-Type": {"application/octet-stream"}}, c)
 	if err != nil {
 		u.progress(-c.sent.Load())
