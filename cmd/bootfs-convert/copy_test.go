@@ -346,3 +346,33 @@ func TestCopyInterrupted(t *testing.T) {
 		t.Errorf("temporary files are left: %v, %v", left, err)
 	}
 }
+
+// TestCopyExitCodes tells faults of the source from those of the destination.
+func TestCopyExitCodes(t *testing.T) {
+	dir := t.TempDir()
+	bootfs(t, "--boot", "/bin/true", layoutOf(t, layerOf(t, 1<<20, 9)), "oci:"+dir+":x")
+	blobs, err := filepath.Glob(filepath.Join(dir, "blobs", "sha256", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range blobs {
+		if info, err := os.Stat(b); err == nil && info.Size() > 500<<10 {
+			if err := os.Truncate(b, info.Size()-1); err != nil { // the pack, or the boot binary
+				t.Fatal(err)
+			}
+		}
+	}
+	registry, _ := memoryRegistry(t)
+	for dst, want := range map[string]int{
+		registry + "/app:1":                      exitSource,
+		"oci:" + filepath.Join(t.TempDir(), "x"): exitSource,
+		"127.0.0.1:1/app:1":                      exitDestination,
+		"oci:/proc/self/fd":                      exitDestination,
+		"docker-daemon:app":                      exitUsage,
+	} {
+		cmd := command(t, t.TempDir(), "-q", "copy", "oci:"+dir+":x", dst)
+		if out, _ := cmd.CombinedOutput(); cmd.ProcessState.ExitCode() != want {
+			t.Errorf("copy to %s: exit code %d, want %d: %s", dst, cmd.ProcessState.ExitCode(), want, out)
+		}
+	}
+}
