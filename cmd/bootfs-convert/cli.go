@@ -34,11 +34,13 @@ type stdio struct {
 
 // Environment variables of the command.
 const (
-	envBareTransport = "BOOTFS_BARE_TRANSPORT" // transport of a name that has none
-	envStore         = "BOOTFS_STORE"          // --store, where the destination cannot hold chunks
-	envMirrors       = "BOOTFS_MIRRORS"        // boot knows it too
-	envBlobStore     = "BLOB_STORE"            // --store of the commands that read; boot knows it too
-	envSSHPassword   = "DROPBEAR_PASSWORD"     // for ssh:// and sftp://, as container-bootfs named it; boot knows it too
+	envBareTransport = "BOOTFS_BARE_TRANSPORT"      // transport of a name that has none
+	envStore         = "BOOTFS_STORE"               // --store, where the destination cannot hold chunks
+	envMirrors       = "BOOTFS_MIRRORS"             // boot knows it too
+	envBlobStore     = "BLOB_STORE"                 // --store of the commands that read; boot knows it too
+	envSSHKey        = "BOOTFS_SSH_KEY"             // file, in the place of those in ~/.ssh
+	envSSHPassphrase = "BOOTFS_SSH_PASSPHRASE_FILE" // of that key
+	envSSHPassword   = "DROPBEAR_PASSWORD"          // for ssh:// and sftp://, as container-bootfs named it; boot knows it too
 )
 
 // memoryLimit is where the garbage collector starts to work hard, in bytes.
@@ -142,6 +144,8 @@ const envHelp = `Environment:
   BLOB_STORE             --store for commands that read, separated by blanks
   BOOTFS_MIRRORS         mirrors of registries to read chunks from first: URL, or HOST=URL for one
                          registry, separated by blanks
+  BOOTFS_SSH_KEY         file with the key for ssh:// and sftp://, in the place of those in ~/.ssh; the file
+                         BOOTFS_SSH_PASSPHRASE_FILE holds its passphrase, if it has one
   DROPBEAR_PASSWORD      password for ssh:// and sftp://, where no key is accepted
   AWS_ACCESS_KEY_ID …    credentials, profile and region for s3+https://, named as for AWS's tools
                          or, S3_ACCESS_KEY …, as for desync
@@ -260,6 +264,9 @@ func checkStore(address string) error {
 func (c *common) access() stores.Access {
 	a := stores.Access{Keychain: transport.UserKeychain, SSH: sshstore.UserOptions(), Hosts: c.hosts, S3: s3store.Options{Sources: s3store.Sources{Getenv: c.getenv}}}
 	a.SSH.Password = c.getenv(envSSHPassword)
+	if key := c.getenv(envSSHKey); key != "" {
+		a.SSH.Keys, a.SSH.PassphraseFile = []string{key}, c.getenv(envSSHPassphrase)
+	}
 	return a
 }
 

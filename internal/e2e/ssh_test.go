@@ -107,6 +107,21 @@ func TestSSHStore(t *testing.T) {
 	if out, err := check("HOME="+sshHome(t, "/dev/null", server), "DROPBEAR_PASSWORD="+password); err != nil {
 		t.Errorf("check with a password: %v\n%s", err, out)
 	}
+	// A key in a file of its own, with a passphrase.
+	home := sshHome(t, server.Key, server)
+	encrypted, passphrase := filepath.Join(home, ".ssh/id_ed25519"), filepath.Join(home, "passphrase")
+	if out, err := exec.Command("ssh-keygen", "-q", "-p", "-N", "open it", "-f", encrypted).CombinedOutput(); err != nil {
+		t.Fatalf("ssh-keygen: %v\n%s", err, out)
+	}
+	if err := os.WriteFile(passphrase, []byte("open it\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := check("HOME="+home, "BOOTFS_SSH_KEY="+encrypted, "BOOTFS_SSH_PASSPHRASE_FILE="+passphrase); err != nil {
+		t.Errorf("check with an encrypted key: %v\n%s", err, out)
+	}
+	if out, err := check("HOME="+home, "BOOTFS_SSH_KEY="+encrypted); err == nil || !strings.Contains(out, "name the file that holds its passphrase") {
+		t.Errorf("check with an encrypted key and no passphrase: %v\n%s", err, out)
+	}
 
 	// A key, as docker mounts secrets.
 	key, err := os.ReadFile(server.Key)
