@@ -204,7 +204,7 @@ func (b *baseImage) read(c *assembly.Contents) error {
 	return nil
 }
 
-// find returns where chunk id lies, if its pack can be read.
+// find returns where chunk id lies, if its pack can be read as far as is known.
 func (b *baseImage) find(id index.ID) (registrystore.Location, bool) {
 	at, ok := b.chunks[id]
 	return at, ok && !b.gone[at.Pack]
@@ -217,13 +217,6 @@ func (b *baseImage) has(id index.ID) bool {
 	}
 	_, ok := b.chunks[id]
 	return ok
-}
-
-// readable reports whether the base has a chunk in a pack that can be read, as
-// far as is known.
-func (b *baseImage) readable(id index.ID) bool {
-	at, ok := b.chunks[id]
-	return ok && !b.gone[at.Pack]
 }
 
 // of returns the base of a platform, nil if there is none.

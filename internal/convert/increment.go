@@ -194,7 +194,7 @@ func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage
 			rest = append(rest, c)
 		}
 		total += int64(c.Size)
-		if c.cached && !b.readable(c.ID) {
+		if _, ok := b.find(c.ID); c.cached && !ok {
 			lost = append(lost, span{c.Offset, int64(c.Size)})
 		}
 	}

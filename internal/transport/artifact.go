@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
 	"net/http"
@@ -14,10 +13,10 @@ import (
 	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/partial"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -128,21 +127,30 @@ func (a *Artifact) load(ctx context.Context) (err error) {
 }
 
 // Put makes the artifact consist of these files. What the registry has of them
-// is not uploaded.
+// is not uploaded, and the tag is set last.
 func (a *Artifact) Put(ctx context.Context, files map[string][]byte) error {
-	img, err := a.kind.image(files)
+	empty := bytesOf([]byte("{}"))
+	m := v1.Manifest{
+		SchemaVersion: 2,
+		MediaType:     types.OCIManifestSchema1,
+		ArtifactType:  a.kind.Type,
+		Config:        v1.Descriptor{MediaType: registrystore.MediaTypeEmpty, Size: empty.size, Digest: empty.digest},
+		Layers:        []v1.Descriptor{},
+	}
+	blobs := []blob{empty}
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		b := bytesOf(files[name])
+		blobs = append(blobs, b)
+		m.Layers = append(m.Layers, v1.Descriptor{
+			MediaType: a.kind.MediaType, Size: b.size, Digest: b.digest,
+			Annotations: map[string]string{annotationTitle: name},
+		})
+	}
+	raw, err := json.Marshal(m)
 	if err != nil {
 		return err
 	}
-	pusher, err := remote.NewPusher(a.options()...)
-	if err != nil {
-		return err
-	}
-	whole, err := partial.CompressedToImage(img)
-	if err != nil {
-		return err
-	}
-	if err := pusher.Push(ctx, a.ref, whole); err != nil {
+	if err := a.push(ctx, blobs, raw); err != nil {
 		return a.explain(err)
 	}
 	a.mu.Lock()
@@ -151,70 +159,26 @@ func (a *Artifact) Put(ctx context.Context, files map[string][]byte) error {
 	return nil
 }
 
+func (a *Artifact) push(ctx context.Context, blobs []blob, manifest []byte) error {
+	up := newUploader(a.repository, func(int64) {})
+	g, inner := errgroup.WithContext(ctx)
+	g.SetLimit(remoteJobs)
+	for _, b := range blobs {
+		g.Go(func() error {
+			_, err := up.put(inner, b)
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	d := bytesOf(manifest)
+	_, err := up.putManifest(ctx, a.ref.Identifier(), v1.Descriptor{MediaType: types.OCIManifestSchema1, Size: d.size, Digest: d.digest}, manifest)
+	return err
+}
+
 // Close ends the use of the artifact.
 func (a *Artifact) Close() error {
 	a.transport.CloseIdleConnections()
 	return nil
-}
-
-// artifactImage is an artifact as the programs that write images see one.
-type artifactImage struct {
-	raw    []byte
-	layers []memoryLayer
-}
-
-func (k ArtifactKind) image(files map[string][]byte) (*artifactImage, error) {
-	empty := []byte("{}")
-	sum, _, err := v1.SHA256(bytes.NewReader(empty))
-	if err != nil {
-		return nil, err
-	}
-	m := v1.Manifest{
-		SchemaVersion: 2,
-		MediaType:     types.OCIManifestSchema1,
-		ArtifactType:  k.Type,
-		Config:        v1.Descriptor{MediaType: registrystore.MediaTypeEmpty, Size: int64(len(empty)), Digest: sum},
-		Layers:        []v1.Descriptor{},
-	}
-	img := &artifactImage{}
-	for _, name := range slices.Sorted(maps.Keys(files)) {
-		l := memoryLayer{bytes: files[name], mediaType: k.MediaType}
-		if l.digest, _, err = v1.SHA256(bytes.NewReader(l.bytes)); err != nil {
-			return nil, err
-		}
-		img.layers = append(img.layers, l)
-		m.Layers = append(m.Layers, v1.Descriptor{
-			MediaType: k.MediaType, Size: int64(len(l.bytes)), Digest: l.digest,
-			Annotations: map[string]string{annotationTitle: name},
-		})
-	}
-	img.raw, err = json.Marshal(m)
-	return img, err
-}
-
-func (i *artifactImage) RawConfigFile() ([]byte, error)      { return []byte("{}"), nil }
-func (i *artifactImage) RawManifest() ([]byte, error)        { return i.raw, nil }
-func (i *artifactImage) MediaType() (types.MediaType, error) { return types.OCIManifestSchema1, nil }
-
-func (i *artifactImage) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
-	for _, l := range i.layers {
-		if l.digest == h {
-			return l, nil
-		}
-	}
-	return nil, fmt.Errorf("artifact has no file %s", h)
-}
-
-// memoryLayer is a blob in memory.
-type memoryLayer struct {
-	bytes     []byte
-	digest    v1.Hash
-	mediaType types.MediaType
-}
-
-func (l memoryLayer) Digest() (v1.Hash, error)            { return l.digest, nil }
-func (l memoryLayer) Size() (int64, error)                { return int64(len(l.bytes)), nil }
-func (l memoryLayer) MediaType() (types.MediaType, error) { return l.mediaType, nil }
-func (l memoryLayer) Compressed() (io.ReadCloser, error) {
-	return io.NopCloser(bytes.NewReader(l.bytes)), nil
 }

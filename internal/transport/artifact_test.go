@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -55,7 +56,21 @@ func TestArtifact(t *testing.T) {
 	own := startRegistry(t, seen.wrap)
 	distribution := must(testenv.StartRegistry(t.Context(), t.TempDir(), ""))(t)
 	t.Cleanup(func() { distribution.Close() })
-	for name, host := range map[string]string{"go-containerregistry": own, "docker-registry": distribution.Address} {
+	// It refuses HEAD, and loses every fifth connection.
+	var requests atomic.Int32
+	bad := startRegistry(t, func(h http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			switch {
+			case r.Method == http.MethodHead:
+				http.Error(w, "no", http.StatusMethodNotAllowed)
+			case r.Method != http.MethodGet && requests.Add(1)%5 == 0:
+				panic(http.ErrAbortHandler)
+			default:
+				h.ServeHTTP(w, r)
+			}
+		})
+	})
+	for name, host := range map[string]string{"go-containerregistry": own, "docker-registry": distribution.Address, "a bad one": bad} {
 		t.Run(name, func(t *testing.T) {
 			ref := host + "/test/app:cache"
 			a := testArtifact(t, ref)

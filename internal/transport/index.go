@@ -3,6 +3,8 @@ package transport
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -193,6 +195,12 @@ func bytesBlob(d v1.Hash, b []byte) blob {
 	return blob{digest: d, size: int64(len(b)), open: func(_ context.Context, off int64) (io.ReadCloser, error) {
 		return io.NopCloser(bytes.NewReader(b[off:])), nil
 	}}
+}
+
+// bytesOf is the blob that b is.
+func bytesOf(b []byte) blob {
+	sum := sha256.Sum256(b)
+	return bytesBlob(v1.Hash{Algorithm: "sha256", Hex: hex.EncodeToString(sum[:])}, b)
 }
 
 // openerBlob is a blob that can only be opened at its beginning.
