@@ -23,6 +23,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"slices"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -48,19 +49,25 @@ type Cache struct {
 	kept map[string]*Record // what To is going to hold, by DiffID
 }
 
-// recordsAtOnce is how many records are fetched at a time.
-const recordsAtOnce = 8
+const (
+	// recordsAtOnce is how many records are fetched at a time.
+	recordsAtOnce = 4
+	// maxLoaded is what the records of one image may take in memory, in bytes.
+	// What is beyond is read from the layers.
+	maxLoaded = 160 << 20
+)
 
 // Load returns the records of the layers with these DiffIDs, as far as a place
 // has them.
 func (c *Cache) Load(ctx context.Context, diffIDs []string) map[string]*Record {
 	ids := slices.Compact(slices.Sorted(slices.Values(diffIDs)))
 	found := make([]*Record, len(ids))
+	o := opener{left: maxLoaded}
 	var g errgroup.Group
 	g.SetLimit(recordsAtOnce)
 	for i, id := range ids {
 		g.Go(func() error {
-			found[i] = c.load(ctx, id)
+			found[i] = c.load(ctx, id, &o)
 			return nil
 		})
 	}
@@ -74,7 +81,28 @@ func (c *Cache) Load(ctx context.Context, diffIDs []string) map[string]*Record {
 	return out
 }
 
-func (c *Cache) load(ctx context.Context, diffID string) *Record {
+// opener opens records one after the other, as far as there is memory for them.
+type opener struct {
+	mu   sync.Mutex
+	left int // guarded by mu; bytes
+}
+
+func (o *opener) open(diffID string, sealed []byte) (*Record, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	r, err := Open(diffID, sealed)
+	if err != nil {
+		return nil, err
+	}
+	n := r.memory()
+	if n > o.left {
+		return nil, fmt.Errorf("it takes %d bytes of memory, and the records of an image at most %d", n, maxLoaded)
+	}
+	o.left -= n
+	return r, nil
+}
+
+func (c *Cache) load(ctx context.Context, diffID string, o *opener) *Record {
 	name, err := Name(diffID)
 	if err != nil {
 		return nil
@@ -83,7 +111,7 @@ func (c *Cache) load(ctx context.Context, diffID string) *Record {
 		sealed, err := p.Get(ctx, name)
 		if err == nil {
 			var r *Record
-			if r, err = Open(diffID, sealed); err == nil {
+			if r, err = o.open(diffID, sealed); err == nil {
 				return r
 			}
 		}

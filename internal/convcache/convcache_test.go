@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/klauspost/compress/zstd"
 
@@ -331,6 +332,49 @@ func TestCache(t *testing.T) {
 	}
 	if !strings.Contains(log.String(), "is not used: it begins with") || !strings.Contains(log.String(), "no route") || strings.Contains(log.String(), "WARN") {
 		t.Errorf("log: %s", &log)
+	}
+}
+
+// TestLoadLimit loads records that are too large together.
+func TestLoadLimit(t *testing.T) {
+	var log bytes.Buffer
+	dir := Dir(t.TempDir())
+	c := &Cache{From: []Place{dir}, To: []Place{dir}, Log: slog.New(slog.NewTextHandler(&log, nil))}
+	var ids []string
+	for n := range 4 {
+		ids = append(ids, diffID(n))
+		c.Keep(ids[n], &Record{Entries: make([]byte, maxLoaded/3), Layers: ids[n:]})
+	}
+	c.Save(t.Context())
+	if got := c.Load(t.Context(), ids); len(got) != 3 {
+		t.Errorf("%d records, want 3", len(got))
+	}
+	if n := strings.Count(log.String(), "bytes of memory"); n != 1 {
+		t.Errorf("%d records were too much, want 1: %s", n, &log)
+	}
+}
+
+// TestDirSweep leaves files in the making, old and young.
+func TestDirSweep(t *testing.T) {
+	dir := Dir(t.TempDir())
+	old, young := filepath.Join(string(dir), temporary+"1"), filepath.Join(string(dir), temporary+"2")
+	for _, f := range []string{old, young} {
+		if err := os.WriteFile(f, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	then := time.Now().Add(-2 * staleAfter)
+	if err := os.Chtimes(old, then, then); err != nil {
+		t.Fatal(err)
+	}
+	if err := dir.Put(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(old); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("an old one: %v, want that it is gone", err)
+	}
+	if _, err := os.Stat(young); err != nil {
+		t.Errorf("a young one: %v", err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -52,6 +53,7 @@ func (d Dir) Put(ctx context.Context, records map[string][]byte) error {
 	if err := os.MkdirAll(string(d), 0o777); err != nil {
 		return err
 	}
+	d.sweep()
 	for name, b := range records {
 		if old, err := d.Get(ctx, name); err == nil && string(old) == string(b) {
 			continue
@@ -66,8 +68,31 @@ func (d Dir) Put(ctx context.Context, records map[string][]byte) error {
 	return nil
 }
 
+// A file in the making is called temporary and some digits. One that is older
+// than staleAfter is of a conversion that was killed.
+const (
+	temporary  = ".tmp-"
+	staleAfter = time.Hour
+)
+
+// sweep removes what killed conversions left.
+func (d Dir) sweep() {
+	entries, err := os.ReadDir(string(d))
+	if err != nil {
+		return // writing will say why
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() || !strings.HasPrefix(e.Name(), temporary) {
+			continue
+		}
+		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > staleAfter {
+			_ = os.Remove(filepath.Join(string(d), e.Name()))
+		}
+	}
+}
+
 func (d Dir) write(name string, b []byte) error {
-	f, err := os.CreateTemp(string(d), ".tmp-*")
+	f, err := os.CreateTemp(string(d), temporary+"*")
 	if err != nil {
 		return err
 	}

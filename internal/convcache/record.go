@@ -63,6 +63,16 @@ type Chunk struct {
 	Zero   bool // all its bytes are zero
 }
 
+// memory is about what r takes, in bytes.
+func (r *Record) memory() int {
+	const unit, file, chunk = 48, 12, 56
+	n := len(r.Entries)
+	for _, u := range r.Units {
+		n += unit + file*len(u.Files) + chunk*len(u.Chunks)
+	}
+	return n
+}
+
 // Name is the name of a layer's record in a [Place].
 func Name(diffID string) (string, error) {
 	sum, err := parseDigest(diffID)
@@ -151,7 +161,7 @@ func Open(diffID string, sealed []byte) (*Record, error) {
 // decode reads the plain bytes of a record.
 func decode(diffID string, plain []byte) (*Record, error) {
 	d := decoder{rest: plain}
-	r := &Record{Entries: d.bytes(d.uint(maxPlain))}
+	r := &Record{Entries: bytes.Clone(d.bytes(d.uint(maxPlain)))} // plain is not kept for it
 	d.units(r)
 	if d.err == nil && (len(d.rest) > 0 || r.Layers[0] != diffID) {
 		d.fail()
