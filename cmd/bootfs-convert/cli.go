@@ -83,7 +83,7 @@ type common struct {
 
 var rootLong = `Convert a container image into one that starts before it is downloaded.
 
-SRC and DST are named as in skopeo:
+SRC, DST and REF are named as in skopeo:
 
   NAME, docker://NAME         an image in a registry
   docker-daemon:NAME          an image of the Docker engine
@@ -92,15 +92,14 @@ SRC and DST are named as in skopeo:
   oci-archive:FILE[:TAG]      an OCI layout in a tar file
 
 The chunks of the root filesystem go to packs beside the image, where DST is a
-registry or an OCI layout, or to --store. A directory is a casync chunk store,
-and so is what stands behind https://, ssh://, sftp:// and s3+https://. STORE is
-` + stores.WrittenForms() + `.
-`
+registry or an OCI layout, or to a STORE:
+
+` + strings.TrimSuffix(stores.Table(), "\n")
 
 const rootExample = `  bootfs-convert debian:12 registry.example.com/debian:12-lazy
+  bootfs-convert check debian:12 registry.example.com/debian:12-lazy
   bootfs-convert docker-archive:app.tar oci:converted:1.0
-  bootfs-convert --store /srv/rootfs.castr docker-daemon:app docker-daemon:app-lazy
-  bootfs-convert check debian:12 registry.example.com/debian:12-lazy`
+  bootfs-convert --store /srv/rootfs.castr docker-daemon:app docker-daemon:app-lazy`
 
 func newRoot(s stdio) *cobra.Command {
 	c := &common{stdio: s}
@@ -108,7 +107,7 @@ func newRoot(s stdio) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "bootfs-convert SRC DST",
 		Short:         "Convert a container image into one that starts before it is downloaded",
-		Long:          rootLong + "\n" + exitHelp + "\n" + envHelp,
+		Long:          rootLong,
 		Example:       rootExample,
 		Args:          exactArgs("SRC", "DST"),
 		SilenceErrors: true,
@@ -134,9 +133,46 @@ func newRoot(s stdio) *cobra.Command {
 	p.BoolVarP(&c.quiet, "quiet", "q", false, "no progress, only warnings and errors")
 	p.BoolVar(&c.json, "json", false, "write the result as JSON")
 	f.register(root)
-	root.AddCommand(newInspect(c), newCheck(c), newMount(c), newExtract(c), newCopy(c), newMake(c), newVerify(c), newGC(c))
+	root.SetUsageTemplate(usageTemplate)
+	root.AddGroup(&cobra.Group{ID: groupImages, Title: "Commands for converted images:"}, &cobra.Group{ID: groupStores, Title: "Commands for files and stores:"})
+	for _, cmd := range []*cobra.Command{newInspect(c), newCheck(c), newMount(c), newExtract(c), newCopy(c), newVerify(c)} {
+		cmd.GroupID = groupImages
+		root.AddCommand(cmd)
+	}
+	for _, cmd := range []*cobra.Command{newMake(c), newGC(c)} {
+		cmd.GroupID = groupStores
+		root.AddCommand(cmd)
+	}
 	return root
 }
+
+// Groups of commands in --help.
+const (
+	groupImages = "images"
+	groupStores = "stores"
+)
+
+// usageTemplate is what --help shows below the description of a command.
+const usageTemplate = `Usage:
+  {{.UseLine}}{{if .HasAvailableSubCommands}}
+  {{.CommandPath}} COMMAND ...{{end}}{{if .HasExample}}
+
+Examples:
+{{.Example}}{{end}}{{$commands := .Commands}}{{range $group := .Groups}}
+
+{{.Title}}{{range $commands}}{{if eq .GroupID $group.ID}}
+  {{rpad .Name .NamePadding}}  {{.Short}}{{end}}{{end}}{{end}}
+
+Flags:
+{{.LocalNonPersistentFlags.FlagUsagesWrapped 100 | trimTrailingWhitespaces}}
+
+Flags of all commands:
+{{if .HasParent}}{{.InheritedFlags.FlagUsagesWrapped 100 | trimTrailingWhitespaces}}{{else}}{{.PersistentFlags.FlagUsagesWrapped 100 | trimTrailingWhitespaces}}
+
+` + exitHelp + `
+` + envHelp + `
+"{{.CommandPath}} COMMAND --help" tells more about a command.{{end}}
+`
 
 const envHelp = `Environment:
   BOOTFS_BARE_TRANSPORT  transport of a NAME without one: docker (default) or docker-daemon

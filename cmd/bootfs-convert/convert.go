@@ -16,7 +16,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/bootbin"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/scratch"
-	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
@@ -38,13 +37,14 @@ const noBase = "none"
 
 func (f *convertFlags) register(cmd *cobra.Command) {
 	fs := cmd.Flags()
-	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to: "+stores.WrittenForms()+" (default packs beside the image)")
+	fs.SortFlags = false
+	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to (default packs beside the image)")
 	fs.StringVar(&f.base, "base", "", "`REF` of a converted image whose packs are reused, or none (default what DST stands for until now)")
 	fs.Float64Var(&f.rewriteBelow, "rewrite-below", convert.DefaultRewriteBelow, "`FRACTION` of a pack of the base that must be used; what is used of other packs is stored again")
 	fs.BoolVar(&f.keepTag, "keep-tag", false, "also tag the image keep-DIGEST, so that its packs stay when DST is moved")
-	fs.StringVar(&f.attestations, "attestations", string(convert.Carry), "what becomes of the source's attestations, SBOMs and signatures: carry, refuse or drop `WHAT`")
-	fs.StringArrayVar(&f.cacheFrom, "cache-from", nil, "`CACHE` of an earlier conversion, whose layers need not be fetched: type=local,src=DIR, type=registry,ref=REF, type=inline, DIR or REF; may be repeated")
-	fs.StringArrayVar(&f.cacheTo, "cache-to", nil, "`CACHE` to write: type=local,dest=DIR, type=registry,ref=REF, type=inline (beside DST), DIR or REF; may be repeated")
+	fs.StringVar(&f.attestations, "attestations", string(convert.Carry), "`WHAT` becomes of the source's attestations, SBOMs and signatures: carry, refuse or drop")
+	fs.StringArrayVar(&f.cacheFrom, "cache-from", nil, "`CACHE` of an earlier conversion, whose layers need not be fetched: DIR or type=local,src=DIR, REF or type=registry,ref=REF, type=inline (beside DST); may be repeated")
+	fs.StringArrayVar(&f.cacheTo, "cache-to", nil, "`CACHE` to write: DIR or type=local,dest=DIR, REF or type=registry,ref=REF, type=inline (beside DST); may be repeated")
 	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 
@@ -56,6 +56,9 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 	dst, err := f.ref(destination)
 	if err != nil {
 		return err
+	}
+	if src.String() == dst.String() {
+		return usagef("%s is source and destination: its name would be lost to the source, choose another for the converted image", src)
 	}
 	t, err := f.transportOptions()
 	if err != nil {
@@ -118,8 +121,11 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 func (f *convertFlags) printReport(r *convert.Report) error {
 	var b strings.Builder
 	for _, p := range r.Platforms {
-		if p.CachedLayers > 0 {
+		switch {
+		case p.CachedLayers > 0:
 			fmt.Fprintf(&b, "%s: layers known from the cache: %d, %s of %s not fetched\n", p.Platform, p.CachedLayers, scratch.Bytes(p.CachedBytes), scratch.Bytes(p.SourceBytes))
+		case len(f.cacheFrom) > 0:
+			fmt.Fprintf(&b, "%s: no layer is known from the cache\n", p.Platform)
 		}
 		fmt.Fprintf(&b, "%s: %d files, %s in %d chunks", p.Platform, p.Files, scratch.Bytes(p.RootBytes), p.Chunks)
 		fmt.Fprintf(&b, "; %s stored", scratch.Bytes(p.StoredBytes))
@@ -132,6 +138,13 @@ func (f *convertFlags) printReport(r *convert.Report) error {
 		fmt.Fprintf(&b, "; %s written%s; engines pull %s\n", scratch.Bytes(p.NewBytes+p.CopiedBytes), writtenFor(p), scratch.Bytes(p.BootBytes))
 	}
 	fmt.Fprintf(&b, "%s is %s, made in %.1f s\n", r.Destination, r.Digest, r.Seconds)
+	if f.keepTag {
+		index, err := v1.NewHash(r.Digest)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(&b, "also tagged %s\n", transport.KeepTag(index))
+	}
 	_, err := fmt.Fprint(f.stdout, b.String())
 	return err
 }

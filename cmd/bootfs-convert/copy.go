@@ -30,7 +30,7 @@ type copyFlags struct {
 }
 
 // ownStore is the value of --rewrite-store without an address.
-const ownStore = "dst"
+const ownStore = "DST"
 
 func newCopy(c *common) *cobra.Command {
 	f := &copyFlags{readFlags: readFlags{common: c}}

@@ -28,7 +28,7 @@ type readFlags struct {
 }
 
 func (f *readFlags) register(cmd *cobra.Command) {
-	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "`STORE` to look for chunks in first: "+stores.Forms()+"; may be repeated")
+	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "`STORE` to look for chunks in first (see bootfs-convert --help); may be repeated")
 }
 
 // open opens a converted image.

@@ -41,7 +41,7 @@ make the file again. Holes in FILE are not read.`,
 		},
 	}
 	v1 := chunker.V1
-	cmd.Flags().StringVar(&f.store, "store", "", "`STORE` that the chunks go to: "+stores.LooseForms()+" (default $"+envStore+")")
+	cmd.Flags().StringVar(&f.store, "store", "", "`STORE` that the chunks go to, one of single chunks (default $"+envStore+")")
 	cmd.Flags().StringVar(&f.sizes, "chunk-size", fmt.Sprintf("%d:%d:%d", v1.Min, v1.Avg, v1.Max), "`MIN:AVG:MAX` of a chunk, in bytes")
 	return cmd
 }

@@ -13,7 +13,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/scratch"
-	"github.com/container-bootfs/bootfs/internal/stores"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
@@ -23,16 +22,19 @@ func newVerify(c *common) *cobra.Command {
 		Use:   "verify REF | INDEX.caibx",
 		Short: "Fetch and check every chunk of a converted image or an index",
 		Long: `Fetch every chunk of the converted image REF, all platforms, or of an index in a
-file, and compare it with its name. The chunks are looked for where a container
-would look, or in --store and nowhere else; a chunk that the first store lacks
-may be in the next. What is missing or damaged is listed and makes the exit code
-1.`,
+file, and compare it with its name. The chunks are looked for beside the image
+and then where the image says, or in --store and nowhere else; a chunk that the
+first store lacks may be in the next. What is missing or damaged is listed and
+makes the exit code 1.`,
+		Example: `  bootfs-convert verify registry.example.com/app:1.0-lazy
+  bootfs-convert verify --store registry://mirror.example.com/app registry.example.com/app:1.0-lazy
+  bootfs-convert verify --store /srv/disk.castr disk.caibx`,
 		Args: exactArgs("REF"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return runVerify(cmd.Context(), f, args[0])
 		},
 	}
-	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "only `STORE` is to have the chunks: "+stores.Forms()+"; may be repeated")
+	cmd.Flags().StringSliceVar(&f.stores, "store", nil, "only `STORE` is to have the chunks (see bootfs-convert --help); may be repeated")
 	return cmd
 }
 

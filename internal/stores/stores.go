@@ -44,6 +44,7 @@ type Access struct {
 type kind struct {
 	schemes []string // what the address begins with; none: it is a directory
 	form    string   // as messages and help show it
+	what    string   // what lies there, for help
 	loose   bool     // single chunks
 	written bool     // a conversion can put chunks there
 	open    func(address string, s Source) (chunkstore.Store, error)
@@ -52,13 +53,13 @@ type kind struct {
 // kinds are the stores that bootfs has.
 func kinds() []kind {
 	return []kind{
-		{form: "a directory", loose: true, written: true, open: openDirectory},
-		{schemes: []string{"registry://", "registry+http://"}, form: "registry://HOST/REPOSITORY", written: true, open: openRegistry},
-		{schemes: []string{"https://", "http://"}, form: "https://HOST/PATH", loose: true, written: true, open: openWeb},
-		{schemes: []string{"ssh://"}, form: "ssh://[USER@]HOST/PATH", loose: true, written: true, open: openSSH},
-		{schemes: []string{"sftp://"}, form: "sftp://[USER@]HOST/PATH", loose: true, written: true, open: openSSH},
-		{schemes: []string{"s3+https://", "s3+http://"}, form: "s3+https://HOST/BUCKET[/PREFIX]", loose: true, written: true, open: openS3},
-		{schemes: []string{"oci:"}, form: "oci:DIR", open: openLayout},
+		{form: "a directory", what: "a casync chunk store", loose: true, written: true, open: openDirectory},
+		{schemes: []string{"registry://", "registry+http://"}, form: "registry://HOST/REPOSITORY", what: "packs in a repository", written: true, open: openRegistry},
+		{schemes: []string{"https://", "http://"}, form: "https://HOST/PATH", what: "a chunk store on a web server; written with PUT", loose: true, written: true, open: openWeb},
+		{schemes: []string{"ssh://"}, form: "ssh://[USER@]HOST/PATH", what: "on an SSH server, by casync's protocol or SFTP", loose: true, written: true, open: openSSH},
+		{schemes: []string{"sftp://"}, form: "sftp://[USER@]HOST/PATH", what: "on an SSH server, by SFTP", loose: true, written: true, open: openSSH},
+		{schemes: []string{"s3+https://", "s3+http://"}, form: "s3+https://HOST/BUCKET[/PREFIX]", what: "in S3 or a server like it", loose: true, written: true, open: openS3},
+		{schemes: []string{"oci:"}, form: "oci:DIR", what: "packs in an OCI layout, only to read", open: openLayout},
 	}
 }
 
@@ -86,6 +87,15 @@ func WrittenForms() string { return forms(func(k kind) bool { return k.written }
 
 // LooseForms lists the addresses of stores that single chunks go to.
 func LooseForms() string { return forms(func(k kind) bool { return k.loose && k.written }) }
+
+// Table lists all kinds of stores for help, a line each.
+func Table() string {
+	var b strings.Builder
+	for _, k := range kinds() {
+		fmt.Fprintf(&b, "  %-31s %s\n", k.form, k.what)
+	}
+	return b.String()
+}
 
 func forms(with func(kind) bool) string {
 	var list []string
