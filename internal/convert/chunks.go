@@ -210,14 +210,14 @@ func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, 
 	}
 	if err == nil {
 		if err := l.renew(ctx, id, stored); err != nil {
-			return nil, fmt.Errorf("store %s: %w", l.store, err)
+			return nil, err
 		}
 		l.reused.Add(int64(len(stored)))
 		return stored, nil
 	}
 	stored = chunkstore.Encode(nil, plain)
 	if err := l.put(ctx, id, stored); err != nil {
-		return nil, in(Destination, fmt.Errorf("store %s: %w", l.store, err))
+		return nil, in(Destination, err)
 	}
 	l.written.Add(int64(len(stored)))
 	return stored, nil

@@ -92,7 +92,7 @@ func (x *layoutIndex) find(name string) (v1.Descriptor, error) {
 	case len(found) == 0 && name == "":
 		return v1.Descriptor{}, errors.New("the layout holds no image")
 	case len(found) == 0:
-		return v1.Descriptor{}, fmt.Errorf("no image is called %q; there are %q", name, names)
+		return v1.Descriptor{}, &explained{fmt.Sprintf("no image is called %q; there are %q", name, names), fs.ErrNotExist}
 	case len(found) > 1 && name == "":
 		return v1.Descriptor{}, fmt.Errorf("the layout holds %d images; choose one of %q", len(found), names)
 	case len(found) > 1:
@@ -205,7 +205,7 @@ func openLayout(ctx context.Context, r Ref, o Options) (Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	return readLayout(ctx, &layoutSource{root: root}, r, o, fmt.Errorf("%s is no OCI layout: it has no %s", r.Path, indexFile))
+	return readLayout(ctx, &layoutSource{root: root}, r, o, &explained{fmt.Sprintf("%s is no OCI layout: it has no %s", r.Path, indexFile), fs.ErrNotExist})
 }
 
 // layoutReader is a layout, wherever it lies.
