@@ -268,9 +268,9 @@ func (f *gcFlags) printCollection(r *collection) error {
 	if f.dry {
 		removed = "to be removed"
 	}
-	fmt.Fprintf(&b, "%s: %s in use, %s too young, %s %s", r.Store, r.Referred, r.Young, r.Removed, removed)
+	fmt.Fprintf(&b, "%s: chunks in use: %s, too young: %s, %s: %s", r.Store, r.Referred, r.Young, removed, r.Removed)
 	if r.Left.Count > 0 {
-		fmt.Fprintf(&b, ", and %s that writers had left", r.Left)
+		fmt.Fprintf(&b, "; files that killed writers had left: %s", r.Left)
 	}
 	b.WriteByte('\n')
 	if r.Missing > 0 {

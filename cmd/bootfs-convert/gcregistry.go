@@ -180,16 +180,16 @@ func (f *gcFlags) printStatement(s *packStatement) error {
 		switch {
 		case !t.Used:
 			unused++
-			fmt.Fprintf(&b, "%s: packs %s, of no image that was named\n", t.Tag, t.Packs)
+			fmt.Fprintf(&b, "%s: packs: %s; held for no image that was named\n", t.Tag, t.Packs)
 		case strings.HasPrefix(t.Tag, packsTag):
-			fmt.Fprintf(&b, "%s: packs %s, of %s\n", t.Tag, t.Packs, cmp.Or(strings.Join(t.UsedBy, ", "), "an image here"))
+			fmt.Fprintf(&b, "%s: packs: %s; held for %s\n", t.Tag, t.Packs, cmp.Or(strings.Join(t.UsedBy, ", "), "an image here"))
 		default:
-			fmt.Fprintf(&b, "%s: packs %s, of this converted image\n", t.Tag, t.Packs)
+			fmt.Fprintf(&b, "%s: packs: %s; a converted image\n", t.Tag, t.Packs)
 		}
 	}
-	fmt.Fprintf(&b, "%s: packs %s in all; %d tags are unused. Nothing was deleted.\n", s.Store, s.Packs, unused)
+	fmt.Fprintf(&b, "%s: packs: %s in all; unused tags of packs: %d. Nothing was deleted.\n", s.Store, s.Packs, unused)
 	if unused > 0 {
-		fmt.Fprintf(&b, "Deleting these tags lets the registry's garbage collector take packs %s:\n", s.Free)
+		fmt.Fprintf(&b, "Deleting these tags lets the registry's garbage collector take these packs: %s\n", s.Free)
 		_, repo, _ := strings.Cut(s.Store, "://")
 		for _, t := range s.Tags {
 			if !t.Used {

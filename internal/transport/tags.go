@@ -3,12 +3,15 @@ package transport
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
 	"strings"
 	"sync"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/container-bootfs/bootfs/registrystore"
@@ -45,6 +48,10 @@ func ListPacks(ctx context.Context, address string, o Options) ([]TagPacks, erro
 		return nil, err
 	}
 	tags, err := puller.List(ctx, p.ref.Context())
+	var status *transport.Error
+	if errors.As(err, &status) && status.StatusCode == http.StatusNotFound {
+		return nil, &explained{fmt.Sprintf("%s has no repository %s", p.host(), p.ref.Context().RepositoryStr()), err}
+	}
 	if err != nil {
 		return nil, p.explain(err)
 	}
