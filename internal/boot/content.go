@@ -127,16 +127,25 @@ func mapFile(path string) ([]byte, error) {
 
 func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 	addresses := slices.Concat(s.stores, c.config.Stores)
-	secrets, err := openSecrets()
+	places, err := secretPlaces()
 	if err != nil {
 		return nil, err
 	}
+	paths, err := withMounts(append([]string{bootimage.CertsDir}, places...))
+	if err != nil {
+		return nil, err
+	}
+	mounted, err := hold(paths...)
+	if err != nil {
+		return nil, err
+	}
+	secrets := secrets{mounted, places}
 	ssh, err := secrets.ssh(s)
 	if err != nil {
 		return nil, err
 	}
 	ssh.HostKeys = c.config.HostKeys
-	reach, err := openHosts(s)
+	reach, err := newHosts(s, mounted)
 	if err != nil {
 		return nil, err
 	}

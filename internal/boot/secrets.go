@@ -13,7 +13,7 @@ import (
 	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
-	"golang.org/x/sys/unix"
+	"github.com/moby/sys/mountinfo"
 
 	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
@@ -52,15 +52,10 @@ func kindOfFile(name string) *secretKind {
 }
 
 // secrets is what the user mounted to let bootfs in elsewhere: directories, and
-// single files as Docker mounts them. They are held by descriptor, as the app
-// does not get their mounts, and looked up and read each time they are asked
-// for, so that a rotated one counts.
-type secrets []secretMount
-
-type secretMount struct {
-	path string // in the engine's root
-	fd   int    // O_PATH; never closed
-	dir  bool
+// single files as Docker mounts them.
+type secrets struct {
+	mounted held
+	places  []string // in the engine's root, in the order in which they count
 }
 
 // secret is a file that was found.
@@ -69,56 +64,35 @@ type secret struct {
 	path string // the way to it by descriptor
 }
 
-// openSecrets opens bootimage.SecretsDir and everything that begins with
+// secretPlaces returns bootimage.SecretsDir and everything that begins with
 // bootimage.SecretsPrefix.
-func openSecrets() (secrets, error) {
+func secretPlaces() ([]string, error) {
 	names, err := filepath.Glob(bootimage.SecretsPrefix + "*")
-	if err != nil {
-		return nil, err
-	}
-	return openSecretsAt(append([]string{bootimage.SecretsDir}, names...))
+	return append([]string{bootimage.SecretsDir}, names...), err
 }
-
-func openSecretsAt(paths []string) (secrets, error) {
-	var s secrets
-	for _, p := range paths {
-		fd, err := openPath(p)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		var st unix.Stat_t
-		if err == nil {
-			err = unix.Fstat(fd, &st)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("credentials at %s: %w", p, err)
-		}
-		s = append(s, secretMount{p, fd, st.Mode&unix.S_IFMT == unix.S_IFDIR})
-	}
-	return s, nil
-}
-
-// openPath opens p, whatever it is, to be reached by descriptor later.
-func openPath(p string) (int, error) { return unix.Open(p, unix.O_PATH|unix.O_CLOEXEC, 0) }
-
-// byDescriptor is a path that leads to what fd stands for.
-func byDescriptor(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
 
 // find returns the secrets of a kind that are there now.
 func (s secrets) find(k *secretKind) []secret {
 	var found []secret
-	for _, m := range s {
-		at := byDescriptor(m.fd)
-		if !m.dir {
-			if kindOfFile(m.path) == k {
-				found = append(found, secret{m.path, at})
-			}
+	for _, place := range s.places {
+		info, err := s.mounted.stat(place)
+		if err != nil {
 			continue
 		}
-		for _, name := range k.names {
-			if _, err := os.Stat(path.Join(at, name)); !errors.Is(err, fs.ErrNotExist) {
-				found = append(found, secret{path.Join(m.path, name), path.Join(at, name)})
+		names := k.names
+		if !info.IsDir() {
+			if kindOfFile(place) != k {
+				continue
 			}
+			names = []string{""}
+		}
+		for _, name := range names {
+			p := path.Join(place, name)
+			if _, err := s.mounted.stat(p); errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			at, _ := s.mounted.way(p)
+			found = append(found, secret{p, at})
 		}
 	}
 	return found
@@ -188,16 +162,19 @@ func (s secrets) ssh(c *settings) (sshstore.Options, error) {
 // then what the container's variables say. The user's own files, which some of
 // them name, are the app's.
 func (s secrets) s3(c *settings) s3store.Options {
-	tokens := map[string]string{}
+	tokens := map[string]held{}
 	for _, variable := range []string{"AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"} {
 		name := c.getenv(variable)
 		if name == "" {
 			continue
 		}
-		// The file is replaced when it is renewed, and its directory stays.
-		if dir, err := openPath(path.Dir(name)); err == nil {
-			tokens[name] = path.Join(byDescriptor(dir), path.Base(name))
+		// The file is replaced when it is renewed, and its directory stays; but
+		// not if the file itself was mounted.
+		paths := []string{path.Dir(name)}
+		if mounted, err := mountinfo.Mounted(name); err == nil && mounted {
+			paths = append(paths, path.Clean(name))
 		}
+		tokens[name], _ = hold(paths...) // what is missing is told when it is read
 	}
 	return s3store.Options{
 		Advice: "mount them as " + bootimage.SecretsDir + "/credentials, in the form of ~/.aws/credentials",
@@ -220,7 +197,8 @@ func (s secrets) s3(c *settings) s3store.Options {
 				return c.getenv(name)
 			},
 			ReadFile: func(name string) ([]byte, error) {
-				return secret{name, tokens[name]}.read()
+				at, _ := tokens[name].way(path.Clean(name))
+				return secret{name, at}.read()
 			},
 		},
 	}

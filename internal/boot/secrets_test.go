@@ -37,11 +37,16 @@ func planted(t *testing.T, files map[string]string) (s secrets, dir string) {
 			paths = append(paths, p)
 		}
 	}
-	s, err := openSecretsAt(paths)
+	return heldSecrets(t, paths...), dir
+}
+
+func heldSecrets(t *testing.T, places ...string) secrets {
+	t.Helper()
+	mounted, err := hold(places...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return s, dir
+	return secrets{mounted, places}
 }
 
 func TestSecretsByName(t *testing.T) {
@@ -166,10 +171,7 @@ func TestSSHAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	of := listen("variable")
-	none, err := openSecretsAt(nil)
-	if err != nil {
-		t.Fatal(err)
-	}
+	none := heldSecrets(t)
 	variable, err := none.ssh(&settings{sshAgent: of})
 	if err != nil {
 		t.Fatal(err)
@@ -179,10 +181,7 @@ func TestSSHAgent(t *testing.T) {
 		t.Errorf("a variable that leads nowhere: got %q, %v", absent.Agent, err)
 	}
 	listen("secrets/agent.sock")
-	s, err := openSecretsAt([]string{filepath.Join(dir, "secrets")})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := heldSecrets(t, filepath.Join(dir, "secrets"))
 	secret, err := s.ssh(&settings{sshAgent: of})
 	if err != nil {
 		t.Fatal(err)

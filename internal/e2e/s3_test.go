@@ -68,6 +68,7 @@ func TestS3(t *testing.T) {
 	}{
 		{"file", []string{"--volume", file + ":/run/secrets/bootfs-credentials:ro"}, image, nil},
 		{"directory of secrets", []string{"--volume", filepath.Dir(file) + ":/.bootfs/secrets:ro"}, image, nil},
+		{"file in the directory of secrets", []string{"--volume", file + ":/.bootfs/secrets/credentials:ro"}, image, nil},
 		{"variables", variables, image, []string{"AWS_PROFILE=apps", "S3_REGION=eu-1"}},
 		{"file beside the program's variables", []string{"--volume", file + ":/run/secrets/bootfs-credentials:ro",
 			"--env", "AWS_ACCESS_KEY_ID=apps", "--env", "AWS_SECRET_ACCESS_KEY=apps", "--env", "AWS_SHARED_CREDENTIALS_FILE=/apps"}, image,
