@@ -30,6 +30,15 @@ func (e *CorruptError) Error() string {
 	return fmt.Sprintf("chunk %s%s is corrupt: got %s, want %s", e.ID, where, e.Got, e.Want)
 }
 
+// reason is Error for a message that names the chunk and the store.
+func (e *CorruptError) reason(store string) string {
+	where := ""
+	if e.Where != "" && e.Where != store {
+		where = " in " + e.Where
+	}
+	return fmt.Sprintf("it is corrupt%s: got %s, want %s", where, e.Got, e.Want)
+}
+
 var theEncoder struct {
 	once sync.Once
 	*zstd.Encoder

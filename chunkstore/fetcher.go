@@ -339,11 +339,11 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		if cause := context.Cause(watched); cause != nil && ctx.Err() == nil && !notFound {
 			err = cause
 		}
-		err = fmt.Errorf("%s: %w", s, err)
+		f := &failure{s.String(), err}
 		for _, w := range ws {
 			// That the caller gave up says less than why the last attempt failed.
 			if ctx.Err() == nil || w.failures[s.place] == nil {
-				w.failures[s.place] = err
+				w.failures[s.place] = f
 			}
 		}
 		if !notFound && ctx.Err() == nil {

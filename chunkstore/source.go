@@ -76,7 +76,7 @@ func (s *source) inTrouble() bool {
 	return false
 }
 
-// failed notes that the store could not be asked; err names it and the chunk.
+// failed notes that the store could not be asked.
 func (s *source) failed(err error) {
 	s.failures.Add(1)
 	now := time.Now()
@@ -84,6 +84,9 @@ func (s *source) failed(err error) {
 	s.trouble, s.retryAt = now, now.Add(troublePause)
 	s.mu.Unlock()
 	if n, ok := s.faults.allow(now); ok {
+		if e := (*Error)(nil); !errors.As(err, &e) { // which names the store
+			err = fmt.Errorf("%s: %w", s, err)
+		}
 		s.log.Warn("store fails", "error", err, "failures", n)
 	}
 }
@@ -112,7 +115,7 @@ func (s *source) corrupted(id index.ID, err error) error {
 	}
 	s.corrupt.Add(1)
 	s.log.Error("store returns a corrupt chunk", "store", s.String(), "chunk", id.String(), "error", err)
-	return err
+	return &failure{s.String(), err}
 }
 
 // patience is how long the store may deliver nothing before a request is given

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -21,37 +20,17 @@ import (
 // Blobs reads ranges of blobs by digest. It is safe for concurrent use.
 type Blobs interface {
 	// Range reads n bytes of the blob from byte off on: the reader gives
-	// exactly these, or an *Error. Cancelling ctx ends it too. It must be
+	// exactly these, or a *chunkstore.Error. Cancelling ctx ends it too. It must be
 	// closed.
 	Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error)
 	// String names the place for messages, without credentials.
 	String() string
 }
 
-// Error is a failed read of a blob.
-type Error struct {
-	Place  string // Blobs.String
-	Digest string // of the blob
-	Status int    // HTTP status that the failure stands for, 0 if none
-	Err    error
-
-	temporary bool
-	after     time.Duration
+// Failed returns what Range returns when it could not read a blob of the place.
+func Failed(place, digest string, err error) *chunkstore.Error {
+	return &chunkstore.Error{Store: place, Did: "read blob " + digest, Err: err}
 }
-
-func (e *Error) Error() string {
-	return fmt.Sprintf("blob %s in %s: %v", e.Digest, e.Place, e.Err)
-}
-
-func (e *Error) Unwrap() error { return e.Err }
-
-// Temporary reports whether the same read may succeed a little later, with
-// nothing changed by anybody.
-func (e *Error) Temporary() bool { return e.temporary }
-
-// RetryAfter returns how long the place asked to be left alone, 0 if it did
-// not say.
-func (e *Error) RetryAfter() time.Duration { return e.after }
 
 // ReadRange appends n bytes of a blob from byte off on to dst. On an error it
 // returns dst with the bytes that came before it.
@@ -128,7 +107,7 @@ func (l *layoutBlobs) open(digest string) (*os.File, error) {
 }
 
 func (l *layoutBlobs) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
-	fail := func(err error) error { return &Error{Place: l.String(), Digest: digest, Err: err} }
+	fail := func(err error) error { return Failed(l.String(), digest, err) }
 	if err := checkRange(digest, off, n); err != nil {
 		return nil, fail(err)
 	}

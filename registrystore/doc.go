@@ -13,6 +13,6 @@
 //
 // The place is trusted for nothing but its location. What it sends is bounded
 // by what was asked for, and package chunkstore compares every chunk with its
-// name before it is used. A failed read is never remembered; an [*Error] tells
+// name before it is used. A failed read is never remembered; a [*chunkstore.Error] tells
 // whether asking again can help, and when.
 package registrystore

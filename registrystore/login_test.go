@@ -9,6 +9,8 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/authn"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
 )
 
 // TestOneLoginForAll: when many requests are refused at once, one of them gets a
@@ -118,7 +120,7 @@ func TestTokenServer(t *testing.T) {
 			})
 			s := im.storeAt(t, "registry://"+f.host+"/app", RemoteOptions{Keychain: fixed{&authn.Basic{Username: "joe", Password: "s3cret"}}, Stall: quick})
 			_, err := s.Get(t.Context(), id, nil)
-			var e *Error
+			var e *chunkstore.Error
 			if !errors.As(err, &e) || !strings.Contains(err.Error(), tt.want) || e.Temporary() != tt.temporary ||
 				strings.Contains(err.Error(), "s3cret") || strings.Contains(err.Error(), "\n") {
 				t.Errorf("got %v, want one line with %q, temporary %v", err, tt.want, tt.temporary)

@@ -238,7 +238,7 @@ func TestSkopeoCopiesPacks(t *testing.T) {
 	s := im.storeAt(t, "registry://"+to+"/other/place", RemoteOptions{})
 	id := im.ids(t, 0, 1)[0]
 	_, err = s.Get(t.Context(), id, nil)
-	if want := fmt.Sprintf("chunk %s: blob %s in registry://%s/other/place: 404 Not Found: ", id, im.packs[0].Digest, to); err == nil || !strings.HasPrefix(err.Error(), want) {
+	if want := fmt.Sprintf("registry://%s/other/place: read chunk %s: blob %s: 404 Not Found: ", to, id, im.packs[0].Digest); err == nil || !strings.HasPrefix(err.Error(), want) {
 		t.Errorf("got %v, want %s…", err, want)
 	}
 	if has, err := s.Has(t.Context(), id); has || err != nil {

@@ -460,7 +460,7 @@ func (q *request) Close() error {
 	return err
 }
 
-// fail makes an *Error of err.
+// fail makes a *chunkstore.Error of err.
 func (q *request) fail(err error) error {
 	q.remote.signed.forget(q.digest)
 	e := &httpio.Error{Err: err} // of what was asked for, before there was a request
@@ -481,7 +481,9 @@ func (q *request) fail(err error) error {
 		}
 		e = httpio.Judge(q.ctx, q.watch, err, "registry+http://…")
 	}
-	return &Error{Place: q.remote.address, Digest: q.digest, Status: e.Status, Err: e.Err, temporary: e.Temporary, after: e.After}
+	failed := Failed(q.remote.address, q.digest, e.Err)
+	failed.Status, failed.Retry, failed.After = e.Status, e.Temporary, e.After
+	return failed
 }
 
 // oneLine makes a server's words fit for a message.

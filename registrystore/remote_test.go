@@ -154,7 +154,7 @@ func TestRangeBounds(t *testing.T) {
 		{"sha256:../../secret", 0, 1}, {"", 0, 1}, {strings.ToUpper(p.Digest), 0, 1}, {p.Digest[:70], 0, 1},
 	} {
 		for _, b := range []Blobs{remote, NewLayoutBlobs(t.TempDir())} {
-			var e *Error
+			var e *chunkstore.Error
 			if _, err := b.Range(t.Context(), bad.digest, bad.off, bad.n); !errors.As(err, &e) || e.Temporary() {
 				t.Errorf("%s: %+v: got %v, want a permanent error", b, bad, err)
 			}
@@ -274,16 +274,16 @@ func checkFault(t *testing.T, how string, err error, want string, temporary bool
 		}
 		return
 	}
-	var e *Error
+	var e *chunkstore.Error
 	if !errors.As(err, &e) {
-		t.Errorf("%s: got %v, want an *Error", how, err)
+		t.Errorf("%s: got %v, want a *chunkstore.Error", how, err)
 		return
 	}
 	msg := err.Error()
 	if !strings.Contains(msg, want) || strings.ContainsAny(msg, "\n") || strings.Contains(msg, "s3cret") {
 		t.Errorf("%s: got %s, want one line with %q", how, msg, want)
 	}
-	if !strings.Contains(msg, "chunk ") || !strings.Contains(msg, e.Digest) || !strings.Contains(msg, e.Place) || !strings.HasPrefix(e.Digest, "sha256:") {
+	if !strings.Contains(msg, "chunk ") || !strings.Contains(msg, "blob sha256:") || !strings.HasPrefix(e.Store, "registry") || !strings.HasPrefix(msg, e.Store+": ") {
 		t.Errorf("%s: %s does not name chunk, blob and place", how, msg)
 	}
 	if e.Temporary() != temporary {
@@ -445,7 +445,7 @@ func TestLogin(t *testing.T) {
 					// With more readers than a token has uses, one may fail twice.
 					for range 5 {
 						frame, err := s.Get(t.Context(), id, nil)
-						var e *Error
+						var e *chunkstore.Error
 						if errors.As(err, &e) && e.Status == expired {
 							continue
 						}
@@ -474,7 +474,7 @@ func TestWrongLogin(t *testing.T) {
 	keys := &keychain{proxy.Addr(), "joe", "wr0ng"}
 	s := im.storeAt(t, "registry://"+proxy.Addr()+"/app", RemoteOptions{Keychain: keys})
 	_, err := s.Get(t.Context(), id, nil)
-	var e *Error
+	var e *chunkstore.Error
 	if !errors.As(err, &e) || e.Status != http.StatusUnauthorized || e.Temporary() || strings.Contains(err.Error(), "wr0ng") {
 		t.Errorf("got %v (%+v), want a permanent 401", err, e)
 	}

@@ -79,9 +79,20 @@ func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error
 	defer s.release()
 	out, err := ReadRange(ctx, s.blobs, p.Digest, at.Offset, int64(at.Length), dst)
 	if err != nil {
-		return dst, fmt.Errorf("chunk %s: %w", id, err)
+		return dst, fail("chunk "+id.String(), p.Digest, err)
 	}
 	return out, nil
+}
+
+// fail returns err, why a blob could not be read, as why a chunk could not.
+func fail(what, digest string, err error) error {
+	var e *chunkstore.Error
+	if !errors.As(err, &e) {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	of := *e
+	of.Did, of.Err = "read "+what, fmt.Errorf("blob %s: %w", digest, e.Err)
+	return &of
 }
 
 // appendZeroFrame appends the stored form of a chunk of size zeros to dst. It
@@ -245,7 +256,7 @@ func (s *Store) getRun(ctx context.Context, run []wanted, yield func(int, []byte
 	defer s.release()
 	r, err := s.blobs.Range(ctx, p.Digest, first.at.Offset, last.at.Offset+int64(last.at.Length)-first.at.Offset)
 	if err != nil {
-		return fmt.Errorf("chunk %s and %d more: %w", first.id, len(run)-1, err)
+		return fail(fmt.Sprintf("chunk %s and %d more", first.id, len(run)-1), p.Digest, err)
 	}
 	defer r.Close()
 	var frame []byte
@@ -253,11 +264,11 @@ func (s *Store) getRun(ctx context.Context, run []wanted, yield func(int, []byte
 	for i, w := range run {
 		if i == 0 || w.at != run[i-1].at {
 			if _, err := io.CopyN(io.Discard, r, w.at.Offset-pos); err != nil {
-				return fmt.Errorf("chunk %s: %w", w.id, err)
+				return fail("chunk "+w.id.String(), p.Digest, err)
 			}
 			frame = slices.Grow(frame[:0], w.at.Length)[:w.at.Length]
 			if _, err := io.ReadFull(r, frame); err != nil {
-				return fmt.Errorf("chunk %s: %w", w.id, err)
+				return fail("chunk "+w.id.String(), p.Digest, err)
 			}
 			pos = w.at.Offset + int64(w.at.Length)
 		}

@@ -5,8 +5,8 @@
 //
 //	s, err := httpstore.New("https://chunks.example.com/rootfs.castr", httpstore.Options{})
 //
-// A response that stalls, breaks off or is not a chunk becomes an *Error, which
-// says whether another attempt can help. Credentials go to the server of the
+// A response that stalls, breaks off or is not a chunk becomes a *chunkstore.Error,
+// which says whether another attempt can help. Credentials go to the server of the
 // address and to nobody else, wherever it redirects to. What the bytes are
 // worth is the caller's to verify.
 package httpstore
@@ -145,7 +145,7 @@ func (s *Store) chunkURL(id index.ID) string { return s.shardURL(id) + id.String
 
 // Get appends the stored form of chunk id to dst.
 func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error) {
-	q, err := s.begin(ctx, id, s.stall)
+	q, err := s.begin(ctx, "read", id, s.stall)
 	if err != nil {
 		return dst, err
 	}
@@ -171,7 +171,7 @@ func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, 
 // Has asks for chunk id without its bytes: with HEAD, or for the first byte
 // where the server refuses HEAD.
 func (s *Store) Has(ctx context.Context, id index.ID) (bool, error) {
-	q, err := s.begin(ctx, id, s.stall)
+	q, err := s.begin(ctx, "look for", id, s.stall)
 	if err != nil {
 		return false, err
 	}
@@ -231,7 +231,7 @@ func (q *request) there(resp *http.Response) (bool, error) {
 // returns, is the server's to promise: nginx replaces the file in one step and
 // leaves its way to the disk to the kernel.
 func (s *Store) Put(ctx context.Context, id index.ID, frame []byte) error {
-	q, err := s.begin(ctx, id, putPatience*s.stall)
+	q, err := s.begin(ctx, "write", id, putPatience*s.stall)
 	if err != nil {
 		return err
 	}

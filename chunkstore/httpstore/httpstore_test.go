@@ -31,7 +31,7 @@ func chunk(seed, n int) (index.ID, []byte) {
 	return index.SHA256.Sum(plain), chunkstore.Encode(nil, plain)
 }
 
-// checkError wants an *Error with a part of its text, or none.
+// checkError wants a *chunkstore.Error with a part of its text, or none.
 func checkError(t *testing.T, what string, err error, want string, temporary bool) {
 	t.Helper()
 	if want == "" {
@@ -40,7 +40,7 @@ func checkError(t *testing.T, what string, err error, want string, temporary boo
 		}
 		return
 	}
-	var e *Error
+	var e *chunkstore.Error
 	if !errors.As(err, &e) || !strings.Contains(err.Error(), want) || e.Temporary() != temporary {
 		t.Errorf("%s: got %v, want %q, temporary %v", what, err, want, temporary)
 		return
@@ -473,7 +473,7 @@ func TestPutAnswers(t *testing.T) {
 			err := s.Put(t.Context(), id, frame)
 			if tt.name == "answer before the body" {
 				// The connection may break before the answer is read.
-				var e *Error
+				var e *chunkstore.Error
 				if !errors.As(err, &e) || !e.Temporary() {
 					t.Errorf("got %v, want a temporary error", err)
 				}

@@ -13,34 +13,10 @@ import (
 	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
-// Error is a failed read or write of a chunk.
-type Error struct {
-	Store  string // Store.String
-	ID     index.ID
-	Status int // HTTP status that the failure stands for, 0 if none
-	Err    error
-
-	temporary bool
-	after     time.Duration
-}
-
-func (e *Error) Error() string {
-	return fmt.Sprintf("chunk %s in %s: %v", e.ID, e.Store, e.Err)
-}
-
-func (e *Error) Unwrap() error { return e.Err }
-
-// Temporary reports whether the same call may succeed a little later, with
-// nothing changed by anybody.
-func (e *Error) Temporary() bool { return e.temporary }
-
-// RetryAfter returns how long the server asked to be left alone, 0 if it did
-// not say.
-func (e *Error) RetryAfter() time.Duration { return e.after }
-
 // request is what one call asks of the server: mostly one request.
 type request struct {
 	store  *Store
+	did    string
 	id     index.ID
 	ctx    context.Context
 	cancel context.CancelCauseFunc
@@ -50,8 +26,8 @@ type request struct {
 }
 
 // begin waits for a turn.
-func (s *Store) begin(ctx context.Context, id index.ID, limit time.Duration) (*request, error) {
-	q := &request{store: s, id: id}
+func (s *Store) begin(ctx context.Context, did string, id index.ID, limit time.Duration) (*request, error) {
+	q := &request{store: s, did: did + " chunk " + id.String(), id: id}
 	q.ctx, q.cancel = context.WithCancelCause(ctx)
 	err := ctx.Err()
 	if err == nil {
@@ -228,11 +204,11 @@ func (q *request) statusError(resp *http.Response) error {
 	return e
 }
 
-// fail makes an *Error of err.
+// fail makes a *chunkstore.Error of err.
 func (q *request) fail(err error) error {
 	if context.Cause(q.ctx) == httpio.ErrStalled {
 		q.store.hangUp() // other connections to the same place are likely as dead
 	}
 	e := httpio.Judge(q.ctx, q.watch, err, "http://…")
-	return &Error{Store: q.store.base, ID: q.id, Status: e.Status, Err: e.Err, temporary: e.Temporary, after: e.After}
+	return &chunkstore.Error{Store: q.store.base, Did: q.did, Status: e.Status, Err: e.Err, Retry: e.Temporary, After: e.After}
 }

@@ -11,29 +11,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
-// Error says what could not be done with a store.
-type Error struct {
-	Store  string // its address
-	Did    string // "read chunk …"
-	Status int    // HTTP status that the failure stands for, 0 if none
-	Err    error
-
-	temporary bool
-	after     time.Duration
-}
-
-func (e *Error) Error() string { return fmt.Sprintf("%s: %s: %v", e.Store, e.Did, e.Err) }
-
-func (e *Error) Unwrap() error { return e.Err }
-
-// Temporary reports whether the same call may succeed a little later, with
-// nothing changed by anybody.
-func (e *Error) Temporary() bool { return e.temporary }
-
-// RetryAfter returns how long the server asked to be left alone, 0 if it did
-// not say.
-func (e *Error) RetryAfter() time.Duration { return e.after }
-
 // refusesKeys reports whether other credentials might be let in; certainly, that
 // it is the credentials which are wrong and not what is done with them.
 func refusesKeys(status int, f fault) (maybe, certainly bool) {

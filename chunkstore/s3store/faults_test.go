@@ -235,7 +235,7 @@ func TestErrorCodes(t *testing.T) {
 				}
 			}
 			wantError(t, tt.call, err, tt.want, tt.temporary)
-			var e *Error
+			var e *chunkstore.Error
 			if errors.As(err, &e) && (e.Status != tt.status || tt.status == 503 && e.RetryAfter() != 3*time.Second) {
 				t.Errorf("got status %d, %s", e.Status, e.RetryAfter())
 			}

@@ -54,7 +54,7 @@ func (s *Store) List(ctx context.Context) iter.Seq2[chunkstore.Entry, error] {
 }
 
 func (s *Store) listError(err error) error {
-	return &Error{Store: s.String(), Did: "list the chunks", Err: err}
+	return &chunkstore.Error{Store: s.String(), Did: "list the chunks", Err: err}
 }
 
 // page is a part of the list of a bucket.

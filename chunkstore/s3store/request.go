@@ -222,13 +222,13 @@ func (q *request) leave(resp *http.Response) {
 	resp.Body.Close()
 }
 
-// fail makes an *Error of err.
+// fail makes a *chunkstore.Error of err.
 func (q *request) fail(err error) error {
 	if context.Cause(q.ctx) == httpio.ErrStalled {
 		q.store.hangUp() // other connections to the same place are likely as dead
 	}
 	e := httpio.Judge(q.ctx, q.watch, err, "s3+http://…")
-	return &Error{Store: q.store.String(), Did: q.did, Status: e.Status, Err: e.Err, temporary: e.Temporary, after: e.After}
+	return &chunkstore.Error{Store: q.store.String(), Did: q.did, Status: e.Status, Err: e.Err, Retry: e.Temporary, After: e.After}
 }
 
 func isNotFound(err error) bool { return errors.Is(err, chunkstore.ErrNotFound) }

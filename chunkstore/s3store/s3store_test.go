@@ -103,7 +103,7 @@ type again struct{ *Store }
 func (a again) Put(ctx context.Context, id index.ID, frame []byte) error {
 	for attempt := 1; ; attempt++ {
 		err := a.Store.Put(ctx, id, frame)
-		if e := (*Error)(nil); !errors.As(err, &e) || !e.Temporary() || attempt == 10 {
+		if e := (*chunkstore.Error)(nil); !errors.As(err, &e) || !e.Temporary() || attempt == 10 {
 			return err
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -325,10 +325,10 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// wantError wants err to be an *Error in one line with the given text.
+// wantError wants err to be a *chunkstore.Error in one line with the given text.
 func wantError(t *testing.T, call string, err error, text string, temporary bool) {
 	t.Helper()
-	var e *Error
+	var e *chunkstore.Error
 	if !errors.As(err, &e) || !strings.Contains(err.Error(), text) || strings.ContainsAny(err.Error(), "\n\r") ||
 		strings.Contains(err.Error(), "hidden") || e.Temporary() != temporary {
 		t.Errorf("%s: got %v (temporary: %v), want %q in one line, temporary: %v", call, err, e != nil && e.Temporary(), text, temporary)

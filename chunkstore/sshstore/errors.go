@@ -3,44 +3,30 @@ package sshstore
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"io/fs"
-	"time"
 
 	"github.com/pkg/sftp"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
 )
 
-// Error says what could not be done with a store.
-type Error struct {
-	Store string // its address
-	Did   string // "read chunk …"
-	Err   error
+func (s *Store) fail(did string, err error) error {
+	return &chunkstore.Error{Store: s.String(), Did: did, Err: err, Retry: heals(err)}
 }
 
-func (e *Error) Error() string { return fmt.Sprintf("%s: %s: %v", e.Store, e.Did, e.Err) }
-
-func (e *Error) Unwrap() error { return e.Err }
-
-// Temporary reports whether the same may succeed a little later, with nothing
+// heals reports whether the same may succeed a little later, with nothing
 // changed by anybody: not with a key that is refused, for one.
-func (e *Error) Temporary() bool {
+func heals(err error) bool {
 	var p permanentError
 	var status *sftp.StatusError
 	switch {
-	case errors.As(e.Err, &p), errors.Is(e.Err, fs.ErrPermission):
+	case errors.As(err, &p), errors.Is(err, fs.ErrPermission):
 		return false
-	case errors.As(e.Err, &status):
+	case errors.As(err, &status):
 		return status.FxCode() != sftp.ErrSSHFxOpUnsupported
 	}
 	return true
-}
-
-// RetryAfter returns 0: an SSH server does not say.
-func (e *Error) RetryAfter() time.Duration { return 0 }
-
-func (s *Store) fail(did string, err error) error {
-	return &Error{Store: s.String(), Did: did, Err: err}
 }
 
 // permanentError is one that does not heal by itself.

@@ -319,9 +319,9 @@ func TestRestart(t *testing.T) {
 
 func wantTemporary(t *testing.T, err error, want bool) {
 	t.Helper()
-	var e *Error
+	var e *chunkstore.Error
 	if !errors.As(err, &e) || e.Temporary() != want || e.RetryAfter() != 0 {
-		t.Errorf("got %v (a %T), want an *Error that is temporary: %v", err, err, want)
+		t.Errorf("got %v (a %T), want a *chunkstore.Error that is temporary: %v", err, err, want)
 	}
 }
 

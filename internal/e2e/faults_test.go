@@ -837,9 +837,6 @@ func (c *faultCase) prefetch(s chunkstore.Store) outcome {
 	return c.out
 }
 
-// placeInMessage is where the store's own words begin.
-var placeInMessage = regexp.MustCompile(`: (blob sha256:[0-9a-f]+|chunk [0-9a-f]{64}) in `)
-
 // What of a message differs from run to run, and what stands for it.
 var shortenings = []struct {
 	re *regexp.Regexp
@@ -863,15 +860,9 @@ var shortenings = []struct {
 func (c *faultCase) shorten(err error) string {
 	s := err.Error()
 	s, _, _ = strings.Cut(s, "; gave up: ")
-	if i := strings.LastIndex(s, "://root@"); i >= 0 {
-		s = s[strings.LastIndexByte(s[:i], ' ')+1:]
-	}
-	if all := placeInMessage.FindAllStringIndex(s, -1); all != nil {
-		s = s[all[len(all)-1][0]+2:]
-	}
 	s = strings.ReplaceAll(s, c.stall().String(), httpio.Stall.String())
 	for _, sh := range shortenings {
 		s = sh.re.ReplaceAllString(s, sh.by)
 	}
-	return strings.ReplaceAll(s, "|", `\|`)
+	return strings.ReplaceAll(strings.TrimPrefix(s, "chunk …: "), "|", `\|`)
 }

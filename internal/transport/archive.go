@@ -212,7 +212,7 @@ func (s *ociArchive) local(d v1.Descriptor) io.ReaderAt {
 // Range implements registrystore.Blobs.
 func (s *ociArchive) Range(ctx context.Context, digest string, off, n int64) (io.ReadCloser, error) {
 	fail := func(err error) error {
-		return &registrystore.Error{Place: s.String(), Digest: digest, Err: err}
+		return registrystore.Failed(s.String(), digest, err)
 	}
 	h, err := v1.NewHash(digest)
 	if err != nil {

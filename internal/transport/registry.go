@@ -21,6 +21,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 
+	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/internal/hosts"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/registrystore"
@@ -262,7 +263,7 @@ func (r *resumed) Read(p []byte) (int, error) {
 			return 0, err
 		}
 		r.reset()
-		var e *registrystore.Error
+		var e *chunkstore.Error
 		if failures++; failures > maxFailures || !errors.As(err, &e) || !e.Temporary() {
 			return 0, err
 		}
