@@ -14,11 +14,8 @@ package httpstore
 import (
 	"context"
 	"fmt"
-	"io"
-	"mime"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -43,9 +40,6 @@ const (
 	// kernel takes the last of a chunk long before the server has it, and a
 	// careful server waits for its disk.
 	putPatience = 3
-
-	firstGrowth = 1 << 20 // bytes that a response may claim before it brings them
-	maxDrain    = 4 << 10 // bytes that are read to keep a connection
 )
 
 // Options says how a server is reached. The zero value fits one that asks for
@@ -154,7 +148,7 @@ func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error
 	if err != nil {
 		return dst, q.fail(err)
 	}
-	defer q.leave(resp)
+	defer q.watch.Leave(resp)
 	out, err := q.read(resp, dst)
 	if err != nil {
 		return dst, q.fail(err)
@@ -191,7 +185,7 @@ func (q *request) has() (bool, error) {
 		if err != nil {
 			return false, err
 		}
-		q.leave(resp)
+		q.watch.Leave(resp)
 		switch resp.StatusCode {
 		case http.StatusMethodNotAllowed, http.StatusNotImplemented:
 			unknown = true
@@ -204,7 +198,7 @@ func (q *request) has() (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	defer q.leave(resp)
+	defer q.watch.Leave(resp)
 	ok, err := q.there(resp)
 	if unknown && err == nil {
 		q.store.noHead.Store(true)
@@ -251,7 +245,7 @@ func (q *request) put(frame []byte) error {
 		if err != nil {
 			return err
 		}
-		q.leave(resp)
+		q.watch.Leave(resp)
 		switch resp.StatusCode {
 		case http.StatusOK:
 			// A login page of the network, or of an application that answers
@@ -276,22 +270,13 @@ func (q *request) makeShard() bool {
 	if err != nil {
 		return false
 	}
-	q.leave(resp)
+	q.watch.Leave(resp)
 	return resp.StatusCode == http.StatusCreated || resp.StatusCode == http.StatusMethodNotAllowed // another was quicker
 }
 
 // checkType refuses what is no chunk by its headers.
 func checkType(resp *http.Response) error {
-	e := &httpio.Error{Status: resp.StatusCode, Temporary: true}
-	if enc := resp.Header.Get("Content-Encoding"); enc != "" && enc != "identity" {
-		e.Err = fmt.Errorf("got content encoded as %q, want it as it is: the server, or a proxy before it, must not compress %s files", enc, suffix)
-		return e
-	}
-	if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t == "text/html" {
-		e.Err = fmt.Errorf("got a web page from %s, want a chunk: a login page of the network, or the address is not that of a chunk store", httpio.HostOf(resp.Request.URL.String()))
-		return e
-	}
-	return nil
+	return httpio.CheckType(resp, "a chunk", suffix+" files")
 }
 
 // read appends the body of a response to dst.
@@ -302,29 +287,5 @@ func (q *request) read(resp *http.Response, dst []byte) ([]byte, error) {
 	if err := checkType(resp); err != nil {
 		return nil, err
 	}
-	tooLong := func() error {
-		return &httpio.Error{Status: http.StatusOK, Err: fmt.Errorf("got more than %d bytes: that is no chunk", chunkstore.MaxStored)}
-	}
-	if resp.ContentLength > chunkstore.MaxStored {
-		return nil, tooLong()
-	}
-	had := len(dst)
-	limit := had + chunkstore.MaxStored
-	dst = slices.Grow(dst, int(min(max(resp.ContentLength, 0), firstGrowth))+1)
-	for {
-		room := dst[len(dst):min(cap(dst), limit+1)]
-		n, err := q.watch.Read(resp.Body, room)
-		dst = dst[:len(dst)+n]
-		switch {
-		case len(dst) > limit:
-			return nil, tooLong()
-		case err == io.EOF:
-			return dst, nil
-		case err != nil:
-			return nil, fmt.Errorf("after %d bytes: %w", len(dst)-had, err)
-		}
-		if len(dst) == cap(dst) {
-			dst = slices.Grow(dst, 1)
-		}
-	}
+	return q.watch.ReadBody(resp, dst, chunkstore.MaxStored)
 }

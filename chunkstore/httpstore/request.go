@@ -1,10 +1,8 @@
 package httpstore
 
 import (
-	"bytes"
 	"context"
 	"fmt"
-	"io"
 	"net/http"
 	"time"
 
@@ -69,10 +67,8 @@ func (q *request) send(method, address string, body []byte, header ...string) (*
 			req.Header.Set(header[i], header[i+1])
 		}
 		if body != nil {
-			req.ContentLength = int64(len(body))
 			req.Header.Set("Content-Type", "application/octet-stream")
-			req.GetBody = func() (io.ReadCloser, error) { return upload{bytes.NewReader(body), q.watch}, nil }
-			req.Body, _ = req.GetBody()
+			httpio.SetBody(req, body, q.watch)
 		}
 		client := http.Client{Transport: httpio.Authorized{Inner: q.store.transport, Origin: q.store.origin, Login: *login}, CheckRedirect: httpio.CheckRedirect}
 		resp, err := client.Do(req)
@@ -90,29 +86,12 @@ func (q *request) send(method, address string, body []byte, header ...string) (*
 		if err == nil && *other == *login {
 			return resp, nil
 		}
-		q.leave(resp)
+		q.watch.Leave(resp)
 		if err != nil {
 			return nil, err
 		}
 	}
 }
-
-// upload is the body of a PUT: each part that the connection takes is a sign of
-// life.
-type upload struct {
-	*bytes.Reader
-	watch *httpio.Watch
-}
-
-func (u upload) Read(p []byte) (int, error) {
-	u.watch.Restart()
-	return u.Reader.Read(p)
-}
-
-// WriteTo is not the bytes.Reader's, which would write all at once, unwatched.
-func (u upload) WriteTo(w io.Writer) (int64, error) { return io.Copy(w, struct{ io.Reader }{u}) }
-
-func (u upload) Close() error { return nil }
 
 // currentLogin returns the Authorization header to be used.
 func (s *Store) currentLogin(ctx context.Context) (*string, error) {
@@ -154,17 +133,6 @@ func (s *Store) renewLogin(ctx context.Context, old *string) (*string, error) {
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
-}
-
-// leave gives up the rest of a response, and keeps the connection where that
-// costs little.
-func (q *request) leave(resp *http.Response) {
-	if resp.ContentLength >= 0 && resp.ContentLength <= maxDrain {
-		q.watch.Restart()
-		io.Copy(io.Discard, io.LimitReader(resp.Body, maxDrain))
-		q.watch.Stop()
-	}
-	resp.Body.Close()
 }
 
 // away reports whether a response came from where the server redirected to.

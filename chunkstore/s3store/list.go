@@ -79,7 +79,7 @@ func (s *Store) page(ctx context.Context, token, last string) (*page, error) {
 	if err != nil {
 		return nil, q.fail(err)
 	}
-	defer q.leave(resp)
+	defer q.watch.Leave(resp)
 	p, err := s.readPage(io.LimitReader(watched{q.watch, resp.Body}, maxPage), last)
 	if err == nil && p.next == token && token != "" {
 		err = errLoop

@@ -1,11 +1,9 @@
 package s3store
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"sync/atomic"
@@ -98,9 +96,7 @@ func (q *request) try(a ask) (*http.Response, used, error) {
 	}
 	payload := emptyPayload
 	if a.body != nil {
-		req.ContentLength = int64(len(a.body))
-		req.GetBody = func() (io.ReadCloser, error) { return upload{bytes.NewReader(a.body), q.watch}, nil }
-		req.Body, _ = req.GetBody()
+		httpio.SetBody(req, a.body, q.watch)
 		// TLS sees to it that what was sent arrives, and hashing it costs.
 		payload = unsignedPayload
 		if s.address.scheme == "http" {
@@ -192,34 +188,6 @@ func (s *Store) follow(u used, status int, f fault) bool {
 	}
 	s.place.CompareAndSwap(u.place, next)
 	return true
-}
-
-// upload is the body of a PUT: each part that the connection takes is a sign of
-// life.
-type upload struct {
-	*bytes.Reader
-	watch *httpio.Watch
-}
-
-func (u upload) Read(p []byte) (int, error) {
-	u.watch.Restart()
-	return u.Reader.Read(p)
-}
-
-// WriteTo is not the bytes.Reader's, which would write all at once, unwatched.
-func (u upload) WriteTo(w io.Writer) (int64, error) { return io.Copy(w, struct{ io.Reader }{u}) }
-
-func (u upload) Close() error { return nil }
-
-// leave gives up the rest of a response, and keeps the connection where that
-// costs little.
-func (q *request) leave(resp *http.Response) {
-	if resp.ContentLength >= 0 && resp.ContentLength <= maxDrain {
-		q.watch.Restart()
-		io.Copy(io.Discard, io.LimitReader(resp.Body, maxDrain))
-		q.watch.Stop()
-	}
-	resp.Body.Close()
 }
 
 // fail makes a *chunkstore.Error of err.

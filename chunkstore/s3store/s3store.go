@@ -19,10 +19,7 @@ package s3store
 import (
 	"context"
 	"fmt"
-	"io"
-	"mime"
 	"net/http"
-	"slices"
 	"sync/atomic"
 	"time"
 
@@ -42,9 +39,6 @@ const (
 	// putPatience is how many stall times a write may take without a sign: the
 	// kernel takes the last of a chunk long before the server has it on disk.
 	putPatience = 3
-
-	firstGrowth = 1 << 20 // bytes that a response may claim before it brings them
-	maxDrain    = 4 << 10 // bytes that are read to keep a connection
 )
 
 // Options says how a bucket is reached. The zero value does as AWS's own tools.
@@ -136,7 +130,7 @@ func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error
 	if err != nil {
 		return dst, q.fail(err)
 	}
-	defer q.leave(resp)
+	defer q.watch.Leave(resp)
 	out, err := q.read(resp, dst)
 	if err != nil {
 		return dst, q.fail(err)
@@ -170,7 +164,7 @@ func (q *request) has(key string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	q.leave(resp)
+	q.watch.Leave(resp)
 	switch resp.StatusCode {
 	case http.StatusOK:
 		return resp.ContentLength != 0 && resp.ContentLength <= chunkstore.MaxStored, checkType(resp)
@@ -184,7 +178,7 @@ func (q *request) has(key string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	defer q.leave(resp)
+	defer q.watch.Leave(resp)
 	return true, checkType(resp)
 }
 
@@ -203,7 +197,7 @@ func (s *Store) Put(ctx context.Context, id index.ID, frame []byte) error {
 	if err != nil {
 		return q.fail(err)
 	}
-	defer q.leave(resp)
+	defer q.watch.Leave(resp)
 	if err := checkType(resp); err != nil {
 		return q.fail(err)
 	}
@@ -225,22 +219,13 @@ func (s *Store) Remove(ctx context.Context, id index.ID) error {
 	if err != nil {
 		return q.fail(err)
 	}
-	q.leave(resp)
+	q.watch.Leave(resp)
 	return nil
 }
 
 // checkType refuses what is not S3's answer by its headers.
 func checkType(resp *http.Response) error {
-	e := &httpio.Error{Status: resp.StatusCode, Temporary: true}
-	if enc := resp.Header.Get("Content-Encoding"); enc != "" && enc != "identity" && enc != "aws-chunked" {
-		e.Err = fmt.Errorf("got content encoded as %q, want it as it is: the server, or a proxy before it, must not compress %s objects", oneLine(enc), suffix)
-		return e
-	}
-	if t, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type")); t == "text/html" {
-		e.Err = fmt.Errorf("got a web page from %s, want S3's answer: a login page of the network, or the address is not that of an S3 server", httpio.HostOf(resp.Request.URL.String()))
-		return e
-	}
-	return nil
+	return httpio.CheckType(resp, "S3's answer", suffix+" objects", "aws-chunked")
 }
 
 // read appends the body of a response to dst.
@@ -248,27 +233,5 @@ func (q *request) read(resp *http.Response, dst []byte) ([]byte, error) {
 	if err := checkType(resp); err != nil {
 		return nil, err
 	}
-	tooLong := func() error {
-		return &httpio.Error{Status: resp.StatusCode, Err: fmt.Errorf("got more than %d bytes: that is no chunk", chunkstore.MaxStored)}
-	}
-	if resp.ContentLength > chunkstore.MaxStored {
-		return nil, tooLong()
-	}
-	limit, before := len(dst)+chunkstore.MaxStored, len(dst)
-	dst = slices.Grow(dst, int(min(max(resp.ContentLength, 0), firstGrowth))+1)
-	for {
-		n, err := q.watch.Read(resp.Body, dst[len(dst):min(cap(dst), limit+1)])
-		dst = dst[:len(dst)+n]
-		switch {
-		case len(dst) > limit:
-			return nil, tooLong()
-		case err == io.EOF:
-			return dst, nil
-		case err != nil:
-			return nil, fmt.Errorf("after %d bytes: %w", len(dst)-before, err)
-		}
-		if len(dst) == cap(dst) {
-			dst = slices.Grow(dst, 1)
-		}
-	}
+	return q.watch.ReadBody(resp, dst, chunkstore.MaxStored)
 }

@@ -353,7 +353,7 @@ func TestPublic(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	q.leave(resp)
+	q.watch.Leave(resp)
 	q.end()
 
 	anybody := open(t, s.String(), Options{Sources: env{}.sources()})
