@@ -259,8 +259,11 @@ func (f *flight) lateness(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) {
 		select {
 		case <-f.done: // its time was up as well, or nobody waits any more
+			if errors.Is(f.err, context.DeadlineExceeded) {
+				return f.err // which says the rest
+			}
 			if f.err != nil {
-				return fmt.Errorf("chunk %s at %d: %w: %v", f.chunk.ID, f.chunk.Offset, err, f.err)
+				return fmt.Errorf("%w: %w", f.err, err)
 			}
 		case <-time.After(causeWait):
 		}
