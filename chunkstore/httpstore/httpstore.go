@@ -26,9 +26,6 @@ import (
 )
 
 const (
-	suffix   = ".cacnk"
-	shardLen = 4 // hex digits that name a chunk's directory
-
 	// parallelRequests bounds the requests of one Store that run at once: at
 	// 20 ms each they bring 1600 chunks a second.
 	parallelRequests = 32
@@ -133,9 +130,15 @@ func New(address string, o Options) (*Store, error) {
 // String returns the address, without credentials.
 func (s *Store) String() string { return s.base }
 
-func (s *Store) shardURL(id index.ID) string { return s.base + "/" + id.String()[:shardLen] + "/" }
+func (s *Store) shardURL(id index.ID) string {
+	shard, _ := chunkstore.Place(id)
+	return s.base + "/" + shard + "/"
+}
 
-func (s *Store) chunkURL(id index.ID) string { return s.shardURL(id) + id.String() + suffix }
+func (s *Store) chunkURL(id index.ID) string {
+	_, file := chunkstore.Place(id)
+	return s.shardURL(id) + file
+}
 
 // Get appends the stored form of chunk id to dst.
 func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error) {
@@ -276,7 +279,7 @@ func (q *request) makeShard() bool {
 
 // checkType refuses what is no chunk by its headers.
 func checkType(resp *http.Response) error {
-	return httpio.CheckType(resp, "a chunk", suffix+" files")
+	return httpio.CheckType(resp, "a chunk", chunkstore.Suffix+" files")
 }
 
 // read appends the body of a response to dst.

@@ -30,8 +30,8 @@ import (
 )
 
 const (
-	suffix   = ".cacnk"
-	shardLen = 4 // hex digits that name a chunk's subdirectory
+	suffix   = chunkstore.Suffix
+	shardLen = chunkstore.ShardLen
 )
 
 // tempPrefix starts the name of a chunk that is being written. casync and
@@ -567,7 +567,7 @@ func (s *Store) shards(ctx context.Context, err *error) iter.Seq2[string, []stri
 			if failed = ctx.Err(); failed != nil {
 				break
 			}
-			if len(shard) != shardLen || strings.Trim(shard, "0123456789abcdef") != "" {
+			if !chunkstore.IsShard(shard) {
 				continue
 			}
 			var files []string

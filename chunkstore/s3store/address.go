@@ -9,16 +9,12 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
-const (
-	suffix   = ".cacnk"
-	shardLen = 4 // hex digits that name a chunk's directory
-
-	defaultRegion = "us-east-1"
-)
+const defaultRegion = "us-east-1"
 
 // address is where a store lies, as its user names it.
 type address struct {
@@ -150,23 +146,17 @@ func (a *address) String() string {
 
 // key returns the name of chunk id in its bucket.
 func (a *address) key(id index.ID) string {
-	name := id.String()
-	return a.prefix + name[:shardLen] + "/" + name + suffix
+	shard, file := chunkstore.Place(id)
+	return a.prefix + shard + "/" + file
 }
 
 // chunkOf returns the chunk that key names; of what else lies in a bucket there
 // is none.
 func (a *address) chunkOf(key string) (index.ID, bool) {
 	name, ok := strings.CutPrefix(key, a.prefix)
-	if !ok || len(name) < shardLen+1 {
-		return index.ID{}, false
-	}
-	hex, ok := strings.CutSuffix(name[shardLen+1:], suffix)
-	if !ok {
-		return index.ID{}, false
-	}
-	id, err := index.ParseID(hex)
-	return id, err == nil && a.key(id) == key
+	shard, file, slash := strings.Cut(name, "/")
+	id, chunk := chunkstore.AtPlace(shard, file)
+	return id, ok && slash && chunk
 }
 
 // url returns the URL of key, or of the bucket if key is "". query is escaped

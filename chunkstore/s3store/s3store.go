@@ -225,7 +225,7 @@ func (s *Store) Remove(ctx context.Context, id index.ID) error {
 
 // checkType refuses what is not S3's answer by its headers.
 func checkType(resp *http.Response) error {
-	return httpio.CheckType(resp, "S3's answer", suffix+" objects", "aws-chunked")
+	return httpio.CheckType(resp, "S3's answer", chunkstore.Suffix+" objects", "aws-chunked")
 }
 
 // read appends the body of a response to dst.

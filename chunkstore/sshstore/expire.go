@@ -15,7 +15,7 @@ import (
 
 // touch makes a chunk as young as one that is written now.
 func (c *conn) touch(ctx context.Context, id index.ID) error {
-	shard, file := place(id)
+	shard, file := chunkstore.Place(id)
 	_, err := onFiles(ctx, c, func(client *files) (struct{}, error) {
 		now := time.Now()
 		return struct{}{}, client.Chtimes(path.Join(c.store.address.dir, shard, file), now, now)
@@ -28,7 +28,7 @@ func (c *conn) touch(ctx context.Context, id index.ID) error {
 
 // expire removes a chunk that was last modified before then.
 func (c *conn) expire(ctx context.Context, id index.ID, then time.Time) (bool, error) {
-	shard, file := place(id)
+	shard, file := chunkstore.Place(id)
 	dir := path.Join(c.store.address.dir, shard)
 	removed, err := onFiles(ctx, c, func(client *files) (bool, error) { return client.expireFile(dir, file, then) }, nothing)
 	if errors.Is(err, fs.ErrNotExist) {

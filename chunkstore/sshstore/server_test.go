@@ -227,7 +227,7 @@ func fill(t testing.TB, dir string, n int) []index.ID {
 	var ids []index.ID
 	for i := range n {
 		id, frame := chunk(i, 3000)
-		shard, file := place(id)
+		shard, file := chunkstore.Place(id)
 		if err := os.MkdirAll(filepath.Join(dir, shard), 0o755); err != nil {
 			t.Fatal(err)
 		}

@@ -9,7 +9,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -123,7 +122,7 @@ func nothing[T any](T) {}
 
 // read reads a chunk by SFTP.
 func (c *conn) read(ctx context.Context, id index.ID) (*frame, error) {
-	shard, file := place(id)
+	shard, file := chunkstore.Place(id)
 	name := path.Join(c.store.address.dir, shard, file)
 	return onFiles(ctx, c, func(client *files) (*frame, error) {
 		f, err := client.readFile(ctx, c.store, name)
@@ -205,7 +204,7 @@ func (c *files) explain(s *Store, err error) error {
 
 // stat reports by SFTP whether there is a file that may be chunk id.
 func (c *conn) stat(ctx context.Context, id index.ID) (bool, error) {
-	shard, file := place(id)
+	shard, file := chunkstore.Place(id)
 	return onFiles(ctx, c, func(client *files) (bool, error) {
 		info, err := client.Stat(path.Join(c.store.address.dir, shard, file))
 		if err != nil {
@@ -217,7 +216,7 @@ func (c *conn) stat(ctx context.Context, id index.ID) (bool, error) {
 
 // put writes a chunk by SFTP.
 func (c *conn) put(ctx context.Context, id index.ID, frame []byte) error {
-	shard, file := place(id)
+	shard, file := chunkstore.Place(id)
 	dir := path.Join(c.store.address.dir, shard)
 	_, err := onFiles(ctx, c, func(client *files) (struct{}, error) {
 		for _, ext := range []string{extFsync, extPosixRename} {
@@ -307,7 +306,7 @@ func (c *files) syncDir(dir string) error {
 
 // remove removes a chunk by SFTP, and its subdirectory with the last file in it.
 func (c *conn) remove(ctx context.Context, id index.ID) error {
-	shard, file := place(id)
+	shard, file := chunkstore.Place(id)
 	dir := path.Join(c.store.address.dir, shard)
 	_, err := onFiles(ctx, c, func(client *files) (struct{}, error) {
 		err := client.Remove(path.Join(dir, file))
@@ -326,7 +325,7 @@ func (c *conn) remove(ctx context.Context, id index.ID) error {
 func (c *conn) list(ctx context.Context, yield func(chunkstore.Entry) bool) error {
 	return c.walk(ctx, func(shard string, files []fs.FileInfo) bool {
 		for _, file := range files {
-			id, ok := placeID(shard, file.Name())
+			id, ok := chunkstore.AtPlace(shard, file.Name())
 			if ok && checkFile(file) == nil && !yield(chunkstore.Entry{ID: id, Size: file.Size(), Modified: file.ModTime()}) {
 				return false
 			}
@@ -360,7 +359,7 @@ func (c *conn) walk(ctx context.Context, yield func(shard string, files []fs.Fil
 	go func() {
 		defer close(work)
 		for _, shard := range shards {
-			if len(shard.Name()) != shardLen || strings.Trim(shard.Name(), "0123456789abcdef") != "" {
+			if !chunkstore.IsShard(shard.Name()) {
 				continue
 			}
 			select {

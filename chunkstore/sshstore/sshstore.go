@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"iter"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -397,25 +396,4 @@ func (u *future[T]) wait(ctx context.Context) (T, error) {
 		var none T
 		return none, context.Cause(ctx)
 	}
-}
-
-// place returns the subdirectory and the file name of a chunk.
-func place(id index.ID) (shard, file string) {
-	name := id.String()
-	return name[:shardLen], name + suffix
-}
-
-const (
-	suffix   = ".cacnk"
-	shardLen = 4 // hex digits
-)
-
-// placeID is the reverse of place; ok is false for a file that is no chunk.
-func placeID(shard, file string) (id index.ID, ok bool) {
-	digits, ok := strings.CutSuffix(file, suffix)
-	if !ok {
-		return id, false
-	}
-	id, err := index.ParseID(digits)
-	return id, err == nil && digits == id.String() && digits[:shardLen] == shard
 }

@@ -387,7 +387,7 @@ func TestStuck(t *testing.T) {
 	server := startServer(t)
 	dir := t.TempDir()
 	ids := fill(t, dir, 3)
-	shard, file := place(ids[0])
+	shard, file := chunkstore.Place(ids[0])
 	fifo := filepath.Join(dir, shard, file)
 	if err := os.Remove(fifo); err != nil {
 		t.Fatal(err)
