@@ -390,6 +390,10 @@ func TestReadContents(t *testing.T) {
 		if !bytes.Equal(c.Index, in.Index) || !bytes.Equal(c.Locators, in.Locators) || !bytes.Equal(c.Meta, in.Meta) {
 			t.Errorf("%s: contents differ", ref)
 		}
+		x, err := ReadIndex(context.Background(), openImage(t, ref))
+		if err != nil || !bytes.Equal(x.Index, in.Index) || !bytes.Equal(x.Locators, in.Locators) || len(x.Meta) > 0 {
+			t.Errorf("%s: the index alone: %v", ref, err)
+		}
 		if got, want := must(json.Marshal(c.Config))(t), must(json.Marshal(in.Config))(t); !bytes.Equal(got, want) {
 			t.Errorf("%s: config %s, want %s", ref, got, want)
 		}

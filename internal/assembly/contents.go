@@ -26,7 +26,7 @@ type Contents struct {
 	Config   bootimage.Config
 	Index    []byte // package index
 	Locators []byte // package registrystore; nil when the stores are loose
-	Meta     []byte // package erofs: the front region of the root image
+	Meta     []byte // package erofs: the front region of the root image; empty from ReadIndex
 }
 
 // Limits on the files of a boot image, in bytes. An index of 128 MiB names
@@ -49,6 +49,16 @@ const (
 // the image's digest, and its parts against one another's versions; it is not
 // parsed.
 func ReadContents(ctx context.Context, img transport.Image) (*Contents, error) {
+	return readContents(ctx, img, true)
+}
+
+// ReadIndex is ReadContents without the metadata, which is all of a large image
+// that is large in memory.
+func ReadIndex(ctx context.Context, img transport.Image) (*Contents, error) {
+	return readContents(ctx, img, false)
+}
+
+func readContents(ctx context.Context, img transport.Image, meta bool) (*Contents, error) {
 	if _, ok := img.Config.Config.Volumes[bootimage.WritablePath]; !ok {
 		return nil, ErrNotConverted
 	}
@@ -56,7 +66,7 @@ func ReadContents(ctx context.Context, img transport.Image) (*Contents, error) {
 	// An image that was built on the boot image has layers above its own, and
 	// the layer of the binary lies below: it need not be read.
 	for _, l := range slices.Backward(img.Layers) {
-		if err := readLayer(ctx, l, found); err != nil {
+		if err := readLayer(ctx, l, meta, found); err != nil {
 			return nil, fmt.Errorf("layer %s: %w", l.Name, err)
 		}
 		if found[bootimage.ConfigPath] != nil && found[bootimage.IndexPath] != nil && found[bootimage.MetaPath] != nil {
@@ -92,8 +102,8 @@ func newContents(found map[string][]byte) (*Contents, error) {
 func plainLimit(l layer.Blob) int64 { return minPlain + maxExpansion*max(0, l.Size) }
 
 // readLayer adds the boot image's files that l holds to found, unless a layer
-// above had them.
-func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error {
+// above had them. Without meta, the metadata is found but not read.
+func readLayer(ctx context.Context, l layer.Blob, meta bool, found map[string][]byte) error {
 	plain, err := layer.OpenPlain(ctx, l, plainLimit(l), nil)
 	if err != nil {
 		return err
@@ -115,6 +125,10 @@ func readLayer(ctx context.Context, l layer.Blob, found map[string][]byte) error
 		}
 		if h.Size > most {
 			return fmt.Errorf("%s has %d bytes, at most %d are read", name, h.Size, most)
+		}
+		if name == bootimage.MetaPath && !meta {
+			here[name] = []byte{}
+			continue
 		}
 		// The buffer grows with what arrives, not with what is claimed.
 		var b bytes.Buffer

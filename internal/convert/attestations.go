@@ -110,7 +110,8 @@ func (e *evidence) drop(c *conversion, report *Report) {
 // carry writes all of it to the destination, whose index will list the
 // attestation manifests.
 func (e *evidence) carry(ctx context.Context, c *conversion, report *Report) error {
-	for _, of := range e.byImage {
+	for _, image := range slices.Sorted(maps.Keys(e.byImage)) { // an archive has them in this order
+		of := e.byImage[image]
 		if err := transport.CopyManifests(ctx, e.src, c.dest, of); err != nil {
 			return err
 		}

@@ -118,7 +118,7 @@ func (c *conversion) openBaseImage(ctx context.Context, src transport.Source, p 
 		return nil, errors.New("it has no image for this platform")
 	}
 	img := src.Images()[i]
-	contents, err := assembly.ReadContents(ctx, img)
+	contents, err := assembly.ReadIndex(ctx, img)
 	if err != nil {
 		return nil, err
 	}

@@ -20,7 +20,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/convcache"
 	"github.com/container-bootfs/bootfs/internal/erofs"
-	"github.com/container-bootfs/bootfs/internal/layer"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/startset"
@@ -124,16 +123,44 @@ func (c *conversion) transport(m *meter) transport.Options {
 	return t
 }
 
+// check refuses options that do not fit one another.
+func (o *Options) check() error {
+	switch {
+	case o.Store == "" && !o.Destination.HoldsPacks():
+		return fmt.Errorf("%s cannot hold chunks: name a store for them with --store: %s", o.Destination, stores.WrittenForms())
+	case o.KeepTag && !o.Destination.HoldsPacks():
+		return fmt.Errorf("%s holds one image and no second tag for it: leave --keep-tag out", o.Destination)
+	case o.Base != nil && stores.Loose(o.Store):
+		return errors.New("a base is for packs: a store of single chunks knows what it has")
+	}
+	return nil
+}
+
+// checkSpace looks for the temporary space of images, which are converted one
+// after the other, and returns an estimate of it in bytes.
+func (c *conversion) checkSpace(images []input) (estimate int64, err error) {
+	other := int64(0)
+	if !stores.Loose(c.o.Store) {
+		other = registrystore.PackSpace
+	}
+	for _, img := range images {
+		layers := img.Layers
+		if len(c.o.CacheFrom) > 0 {
+			layers = nil // which of them are read will be known then
+		}
+		n, err := CheckSpace(c.o.TempDir, layers, other, c.o.Log)
+		if err != nil {
+			return 0, err
+		}
+		estimate = max(estimate, n)
+	}
+	return estimate, nil
+}
+
 func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	o := c.o
-	if o.Store == "" && !o.Destination.HoldsPacks() {
-		return nil, &Error{Usage, fmt.Errorf("%s cannot hold chunks: name a store for them with --store: %s", o.Destination, stores.WrittenForms())}
-	}
-	if o.KeepTag && !o.Destination.HoldsPacks() {
-		return nil, &Error{Usage, fmt.Errorf("%s holds one image and no second tag for it: leave --keep-tag out", o.Destination)}
-	}
-	if o.Base != nil && stores.Loose(o.Store) {
-		return nil, &Error{Usage, errors.New("a base is for packs: a store of single chunks knows what it has")}
+	if err := o.check(); err != nil {
+		return nil, &Error{Usage, err}
 	}
 	spooled := c.meter("", PhaseSource, 0)
 	src, err := transport.Open(ctx, o.Source, c.transport(spooled))
@@ -151,20 +178,8 @@ func (c *conversion) run(ctx context.Context) (_ *Report, err error) {
 	if err != nil {
 		return nil, err
 	}
-	other := int64(0)
-	if !stores.Loose(o.Store) {
-		other = registrystore.PackSpace
-	}
-	for _, img := range images { // one after the other
-		layers := img.layers()
-		if len(o.CacheFrom) > 0 {
-			layers = nil // which of them are read will be known then
-		}
-		n, err := CheckSpace(o.TempDir, layers, other, o.Log)
-		if err != nil {
-			return nil, err
-		}
-		report.TempBytes = max(report.TempBytes, n)
+	if report.TempBytes, err = c.checkSpace(images); err != nil {
+		return nil, err
 	}
 
 	c.upload = c.meter("", PhaseUpload, 0)
@@ -226,8 +241,6 @@ type input struct {
 	transport.Image
 	boot *assembly.BootLayer
 }
-
-func (i input) layers() []layer.Blob { return i.Image.Layers }
 
 // choose narrows images to what the destination can hold and boot can start.
 // What it leaves out without having been told to goes to the report.
