@@ -3,7 +3,11 @@ package chunkstore
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
+
+	"github.com/container-bootfs/bootfs/index"
 )
 
 // Error says what could not be done with a store, on one line.
@@ -49,3 +53,65 @@ func (f *failure) Error() string {
 }
 
 func (f *failure) Unwrap() error { return f.err }
+
+// fetchError says why a chunk could not be had, store by store.
+type fetchError struct {
+	id       index.ID
+	failures []error // nil where a store was not asked
+}
+
+func (e *fetchError) Error() string {
+	var msgs []string
+	for _, err := range e.failures {
+		if err != nil {
+			msgs = append(msgs, err.Error())
+		}
+	}
+	if len(msgs) == 0 {
+		msgs = []string{"no store to ask"}
+	}
+	return fmt.Sprintf("chunk %s: %s", e.id, strings.Join(msgs, "; "))
+}
+
+func (e *fetchError) Unwrap() []error {
+	if len(e.failures) == 0 {
+		return []error{ErrNotFound}
+	}
+	return slices.DeleteFunc(slices.Clone(e.failures), func(err error) bool { return err == nil })
+}
+
+// batchError is the errors of several chunks, on one line.
+type batchError []error
+
+func (e batchError) Error() string {
+	return fmt.Sprintf("%v (and %d more chunks)", e[0], len(e)-1)
+}
+
+func (e batchError) Unwrap() []error { return e }
+
+// Failed returns the chunks that an error of Fetch or FetchBatch is about, and
+// why each could not be had.
+func Failed(err error) map[index.ID]error {
+	failed := make(map[index.ID]error)
+	var all batchError
+	if !errors.As(err, &all) {
+		all = batchError{err}
+	}
+	for _, err := range all {
+		var one *fetchError
+		if errors.As(err, &one) {
+			failed[one.id] = one
+		}
+	}
+	return failed
+}
+
+func joinFailed(failed []error) error {
+	switch len(failed) {
+	case 0:
+		return nil
+	case 1:
+		return failed[0]
+	}
+	return batchError(failed)
+}

@@ -7,10 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"runtime"
-	"slices"
-	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/container-bootfs/bootfs/index"
@@ -357,22 +354,9 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		return f.take(ctx, s, w, frame, k)
 	}
 
-	if b, ok := s.Store.(Batcher); ok && len(wants) > 1 {
-		ids := make([]index.ID, len(wants))
-		taken := make([]bool, len(wants))
-		for i, w := range wants {
-			ids[i] = w.chunk.ID
-		}
-		err := b.GetBatch(watched, ids, func(i int, frame []byte) error {
-			taken[i] = true
-			return take(wants[i], frame)
-		})
-		var rest []*want
-		for i, w := range wants {
-			if !taken[i] {
-				rest = append(rest, w)
-			}
-		}
+	b, ok := s.Store.(Batcher)
+	if ok && len(wants) > 1 {
+		rest, err := askBatch(watched, b, wants, take)
 		switch {
 		case k.abort != nil || len(rest) == 0:
 			return
@@ -386,7 +370,37 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		// One of them is not there, and the batch ended with it.
 		wants = rest
 	}
+	askEach(watched, s, wants, func(w *want, frame []byte, err error) {
+		if err != nil {
+			fail(err, w)
+		} else if take(w, frame) != nil {
+			stop() // the others need not end
+		}
+	})
+}
 
+// askBatch gives take what b delivers of wants, and returns what it does not.
+func askBatch(ctx context.Context, b Batcher, wants []*want, take func(*want, []byte) error) (rest []*want, err error) {
+	ids := make([]index.ID, len(wants))
+	taken := make([]bool, len(wants))
+	for i, w := range wants {
+		ids[i] = w.chunk.ID
+	}
+	err = b.GetBatch(ctx, ids, func(i int, frame []byte) error {
+		taken[i] = true
+		return take(wants[i], frame)
+	})
+	for i, w := range wants {
+		if !taken[i] {
+			rest = append(rest, w)
+		}
+	}
+	return rest, err
+}
+
+// askEach asks s for wants one by one, several at a time, and calls done for
+// each of them, never two at a time.
+func askEach(ctx context.Context, s Store, wants []*want, done func(w *want, frame []byte, err error)) {
 	type result struct {
 		w     *want
 		frame *[]byte
@@ -398,9 +412,9 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		go func() {
 			for w := range work {
 				frame := buffers.Get().(*[]byte)
-				got, err := (*frame)[:0], watched.Err()
+				got, err := (*frame)[:0], ctx.Err()
 				if err == nil {
-					got, err = s.Get(watched, w.chunk.ID, got)
+					got, err = s.Get(ctx, w.chunk.ID, got)
 				}
 				*frame = got
 				results <- result{w, frame, err}
@@ -409,11 +423,7 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 	}
 	for range wants {
 		r := <-results
-		if r.err != nil {
-			fail(r.err, r.w)
-		} else if take(r.w, *r.frame) != nil {
-			stop() // the others need not end
-		}
+		done(r.w, *r.frame, r.err)
 		buffers.Put(r.frame)
 	}
 }
@@ -450,125 +460,4 @@ func (f *Fetcher) take(ctx context.Context, s *source, w *want, frame []byte, k 
 		f.cache.put(ctx, w.chunk.ID, frame, k.patience)
 	}
 	return nil
-}
-
-// fetchError says why a chunk could not be had, store by store.
-type fetchError struct {
-	id       index.ID
-	failures []error // nil where a store was not asked
-}
-
-func (e *fetchError) Error() string {
-	var msgs []string
-	for _, err := range e.failures {
-		if err != nil {
-			msgs = append(msgs, err.Error())
-		}
-	}
-	if len(msgs) == 0 {
-		msgs = []string{"no store to ask"}
-	}
-	return fmt.Sprintf("chunk %s: %s", e.id, strings.Join(msgs, "; "))
-}
-
-func (e *fetchError) Unwrap() []error {
-	if len(e.failures) == 0 {
-		return []error{ErrNotFound}
-	}
-	return slices.DeleteFunc(slices.Clone(e.failures), func(err error) bool { return err == nil })
-}
-
-// batchError is the errors of several chunks, on one line.
-type batchError []error
-
-func (e batchError) Error() string {
-	return fmt.Sprintf("%v (and %d more chunks)", e[0], len(e)-1)
-}
-
-func (e batchError) Unwrap() []error { return e }
-
-// Failed returns the chunks that an error of Fetch or FetchBatch is about, and
-// why each could not be had.
-func Failed(err error) map[index.ID]error {
-	failed := make(map[index.ID]error)
-	var all batchError
-	if !errors.As(err, &all) {
-		all = batchError{err}
-	}
-	for _, err := range all {
-		var one *fetchError
-		if errors.As(err, &one) {
-			failed[one.id] = one
-		}
-	}
-	return failed
-}
-
-func joinFailed(failed []error) error {
-	switch len(failed) {
-	case 0:
-		return nil
-	case 1:
-		return failed[0]
-	}
-	return batchError(failed)
-}
-
-// Count is a number of chunks and their bytes.
-type Count struct {
-	Chunks int64
-	Stored int64 // bytes as stored
-	Plain  int64 // bytes as read
-}
-
-// StoreStats is what a Fetcher had from one store.
-type StoreStats struct {
-	Name     string // Store.String
-	Count           // delivered and good
-	Failures int64  // requests that failed, ErrNotFound apart
-	Corrupt  int64  // chunks that came damaged
-}
-
-// CacheStats is what a Fetcher had from its cache and put there.
-type CacheStats struct {
-	Count         // read and good
-	Written int64 // chunks put
-	Dropped int64 // chunks not put, as the cache was full or too slow
-	Faults  int64 // reads and writes that failed
-	Corrupt int64 // chunks that were damaged
-}
-
-// Stats is what a Fetcher has done so far.
-type Stats struct {
-	Cache  CacheStats
-	Stores []StoreStats // in the order of FetcherOptions.Stores
-}
-
-// Stats returns the counters. Each is exact; they are not of one moment.
-func (f *Fetcher) Stats() Stats {
-	var st Stats
-	if f.cache != nil {
-		st.Cache = f.cache.stats()
-	}
-	for _, s := range f.stores {
-		st.Stores = append(st.Stores, StoreStats{
-			Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load(),
-		})
-	}
-	return st
-}
-
-// counter is a Count that is counted by many.
-type counter struct {
-	chunks, stored, plain atomic.Int64
-}
-
-func (c *counter) add(stored, plain int) {
-	c.chunks.Add(1)
-	c.stored.Add(int64(stored))
-	c.plain.Add(int64(plain))
-}
-
-func (c *counter) load() Count {
-	return Count{Chunks: c.chunks.Load(), Stored: c.stored.Load(), Plain: c.plain.Load()}
 }

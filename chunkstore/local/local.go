@@ -15,13 +15,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -307,172 +304,6 @@ func writeSync(fd int, frame []byte) error {
 	return err
 }
 
-// Remove removes chunk id, or another file in its place. Its subdirectory goes
-// with its last file, as casync gc has it.
-func (s *Store) Remove(ctx context.Context, id index.ID) error {
-	err := ctx.Err()
-	if err == nil {
-		err = s.remove(id)
-	}
-	if err != nil && !isAny(err, unix.ENOENT) {
-		return s.chunkError("remove", id, err)
-	}
-	return nil
-}
-
-func (s *Store) remove(id index.ID) error {
-	shard, err := s.openShard(id)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(shard)
-	name := id.String()
-	for _, file := range []string{name + suffix, name} {
-		var st unix.Stat_t
-		err := unix.Fstatat(shard, file, &st, unix.AT_SYMLINK_NOFOLLOW)
-		if err == nil {
-			err = unix.Unlinkat(shard, file, 0)
-		}
-		switch {
-		case err == nil:
-			s.release(st.Size)
-		case err != unix.ENOENT:
-			return err
-		}
-	}
-	// It fails where there are other files, and a writer that has just made it
-	// for its own makes it again.
-	unix.Unlinkat(int(s.dir.Fd()), name[:shardLen], unix.AT_REMOVEDIR)
-	return nil
-}
-
-// Touch makes chunk id as young as one that is written now.
-func (s *Store) Touch(ctx context.Context, id index.ID) error {
-	err := ctx.Err()
-	if err == nil {
-		err = s.touch(id)
-	}
-	if err != nil {
-		return s.chunkError("touch", id, err)
-	}
-	return nil
-}
-
-func (s *Store) touch(id index.ID) error {
-	shard, err := s.openShard(id)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(shard)
-	now := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_NOW}}
-	err = unix.UtimesNanoAt(shard, id.String()+suffix, now, unix.AT_SYMLINK_NOFOLLOW)
-	if err == unix.ENOENT {
-		err = unix.UtimesNanoAt(shard, id.String(), now, unix.AT_SYMLINK_NOFOLLOW)
-	}
-	return err
-}
-
-// Expire removes chunk id if it was last modified before then.
-func (s *Store) Expire(ctx context.Context, id index.ID, then time.Time) (bool, error) {
-	removed, err := false, ctx.Err()
-	if err == nil {
-		removed, err = s.expire(id, then)
-	}
-	if err != nil && !isAny(err, unix.ENOENT) {
-		return removed, s.chunkError("remove", id, err)
-	}
-	return removed, nil
-}
-
-func (s *Store) expire(id index.ID, then time.Time) (removed bool, err error) {
-	shard, err := s.openShard(id)
-	if err != nil {
-		return false, err
-	}
-	defer unix.Close(shard)
-	for _, file := range []string{id.String() + suffix, id.String()} {
-		ok, err := s.expireFile(shard, file, then)
-		if err != nil && err != unix.ENOENT {
-			return removed, err
-		}
-		removed = removed || ok
-	}
-	if removed {
-		unix.Unlinkat(int(s.dir.Fd()), id.String()[:shardLen], unix.AT_REMOVEDIR)
-	}
-	return removed, nil
-}
-
-// expireFile removes a file if it was last modified before then. Somebody may
-// touch it between the look at its time and its removal; so it loses its name
-// first, and gets it back if it turns out to be young.
-func (s *Store) expireFile(shard int, file string, then time.Time) (bool, error) {
-	if old, _, err := modifiedBefore(shard, file, then); err != nil || !old {
-		return false, err
-	}
-	aside := tempPrefix + rand.Text()
-	if err := unix.Renameat(shard, file, shard, aside); err != nil {
-		return false, err
-	}
-	old, size, err := modifiedBefore(shard, aside, then)
-	if err != nil {
-		return false, err
-	}
-	if !old {
-		err := unix.Renameat2(shard, aside, shard, file, unix.RENAME_NOREPLACE)
-		if isAny(err, unix.EINVAL, unix.ENOSYS, unix.ENOTSUP) {
-			err = unix.Renameat(shard, aside, shard, file) // over the same bytes, at worst
-		}
-		if err != unix.EEXIST {
-			return false, err
-		}
-	}
-	if err := unix.Unlinkat(shard, aside, 0); err != nil || !old {
-		return false, err
-	}
-	s.release(size)
-	return true, nil
-}
-
-// modifiedBefore reports whether a file was last modified before then.
-func modifiedBefore(dir int, file string, then time.Time) (old bool, size int64, err error) {
-	var st unix.Stat_t
-	if err := unix.Fstatat(dir, file, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
-		return false, 0, err
-	}
-	return time.Unix(st.Mtim.Unix()).Before(then), st.Size, nil
-}
-
-// Sweep removes what killed writers have left.
-func (s *Store) Sweep(ctx context.Context, then time.Time, dry bool) (files int, bytes int64, err error) {
-	for shard, names := range s.shards(ctx, &err) {
-		dir, openErr := openat(int(s.dir.Fd()), shard, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-		if openErr != nil {
-			continue // removed meanwhile
-		}
-		for _, name := range names {
-			if !strings.HasPrefix(name, tempPrefix) {
-				continue
-			}
-			old, size, err := modifiedBefore(dir, name, then)
-			if err == nil && old && !dry {
-				err = unix.Unlinkat(dir, name, 0)
-			}
-			if err == nil && old {
-				files, bytes = files+1, bytes+size
-			}
-		}
-		unix.Close(dir)
-		if !dry {
-			unix.Unlinkat(int(s.dir.Fd()), shard, unix.AT_REMOVEDIR) // fails where there are other files
-		}
-	}
-	if err != nil {
-		err = fmt.Errorf("chunk store %s: sweep: %w", s.name, err)
-	}
-	return files, bytes, err
-}
-
 // reserve counts n bytes against the limit.
 func (s *Store) reserve(ctx context.Context, n int64) error {
 	if s.limit == 0 {
@@ -517,96 +348,13 @@ func (s *Store) count(ctx context.Context) (int64, error) {
 	return sum, nil
 }
 
-// List yields every chunk. Files that are none are passed over.
-func (s *Store) List(ctx context.Context) iter.Seq2[chunkstore.Entry, error] {
-	return func(yield func(chunkstore.Entry, error) bool) {
-		for e, err := range s.entries(ctx) {
-			if err != nil {
-				yield(chunkstore.Entry{}, fmt.Errorf("chunk store %s: list: %w", s.name, err))
-				return
-			}
-			if !yield(e, nil) {
-				return
-			}
-		}
-	}
-}
-
-// entries yields every chunk, and stops after the first error.
-func (s *Store) entries(ctx context.Context) iter.Seq2[chunkstore.Entry, error] {
-	return func(yield func(chunkstore.Entry, error) bool) {
-		var err error
-		for shard, files := range s.shards(ctx, &err) {
-			slices.Sort(files)
-			for _, file := range files {
-				name, packed := strings.CutSuffix(file, suffix)
-				id, err := index.ParseID(name)
-				if err != nil || name != id.String() || name[:shardLen] != shard {
-					continue
-				}
-				if _, both := slices.BinarySearch(files, name+suffix); both && !packed {
-					continue // the other one is read
-				}
-				if st, err := s.stat(id); err == nil && !yield(chunkstore.Entry{ID: id, Size: st.Size, Modified: time.Unix(st.Mtim.Unix())}, nil) {
-					return
-				}
-			}
-		}
-		if err != nil {
-			yield(chunkstore.Entry{}, err)
-		}
-	}
-}
-
-// shards yields the subdirectories and the names in them, until an error, which
-// is left in err.
-func (s *Store) shards(ctx context.Context, err *error) iter.Seq2[string, []string] {
-	return func(yield func(string, []string) bool) {
-		shards, failed := s.names(".")
-		for _, shard := range shards {
-			if failed = ctx.Err(); failed != nil {
-				break
-			}
-			if !chunkstore.IsShard(shard) {
-				continue
-			}
-			var files []string
-			files, failed = s.names(shard)
-			if isAny(failed, unix.ENOENT, unix.ENOTDIR, unix.ELOOP) {
-				failed = nil // removed meanwhile, or none of ours
-				continue
-			}
-			if failed != nil {
-				break
-			}
-			if !yield(shard, files) {
-				return
-			}
-		}
-		*err = failed
-	}
-}
-
-// names lists a directory of the store, in no particular order.
-func (s *Store) names(dir string) ([]string, error) {
-	if s.err != nil {
-		return nil, s.err
-	}
-	f, err := s.openDir(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return f.Readdirnames(-1)
-}
-
 // chunkError adds what was done to which file.
 func (s *Store) chunkError(did string, id index.ID, err error) error {
 	if isAny(err, unix.ENOENT) && did != "write" {
 		err = chunkstore.ErrNotFound
 	}
-	name := id.String()
-	return fmt.Errorf("%s chunk %s: %w", did, filepath.Join(s.name, name[:shardLen], name+suffix), err)
+	shard, file := chunkstore.Place(id)
+	return &chunkstore.Error{Store: s.name, Did: did + " chunk " + shard + "/" + file, Err: err, Retry: true}
 }
 
 // openDir opens a directory of the store, but no symbolic link to one.
