@@ -3,7 +3,6 @@ package registrystore
 import (
 	"cmp"
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -71,7 +70,7 @@ func (s *Store) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error
 		return dst, err
 	}
 	if at.Length == 0 {
-		return appendZeroFrame(dst, c.Size), nil
+		return chunkstore.AppendZeros(dst, c.Size), nil
 	}
 	if err := s.acquire(ctx); err != nil {
 		return dst, fmt.Errorf("chunk %s: %w", id, err)
@@ -93,31 +92,6 @@ func fail(what, digest string, err error) error {
 	of := *e
 	of.Did, of.Err = "read "+what, fmt.Errorf("blob %s: %w", digest, e.Err)
 	return &of
-}
-
-// appendZeroFrame appends the stored form of a chunk of size zeros to dst. It
-// is built by hand: a program that only reads shall not carry an encoder.
-func appendZeroFrame(dst []byte, size int) []byte {
-	const (
-		magic         = 0xFD2FB528
-		singleSegment = 2<<6 | 1<<5 // and a content size of four bytes
-		runLength     = 1 << 1      // block type: one byte, repeated
-		lastBlock     = 1
-		maxBlock      = 128 << 10
-	)
-	dst = binary.LittleEndian.AppendUint32(dst, magic)
-	dst = append(dst, singleSegment)
-	dst = binary.LittleEndian.AppendUint32(dst, uint32(size))
-	for size > 0 {
-		n := min(size, maxBlock)
-		size -= n
-		header := n<<3 | runLength
-		if size == 0 {
-			header |= lastBlock
-		}
-		dst = append(dst, byte(header), byte(header>>8), byte(header>>16), 0)
-	}
-	return dst
 }
 
 // Has implements chunkstore.Store: it reads one byte of the chunk, for some
@@ -167,7 +141,7 @@ func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, 
 		}
 		if at.Length > 0 {
 			list = append(list, wanted{i, id, at})
-		} else if err := yield(i, appendZeroFrame(nil, c.Size)); err != nil {
+		} else if err := yield(i, chunkstore.AppendZeros(nil, c.Size)); err != nil {
 			return err
 		}
 	}

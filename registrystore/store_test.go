@@ -108,17 +108,6 @@ func TestCoalesce(t *testing.T) {
 	}
 }
 
-func TestZeroFrame(t *testing.T) {
-	for _, size := range []int{1, 2, 255, 256, 65535, 65536, 128<<10 - 1, 128 << 10, 128<<10 + 1, 256 << 10, 1 << 20} {
-		zeros := make([]byte, size)
-		frame := appendZeroFrame(nil, size)
-		got, err := chunkstore.Decode(make([]byte, 0, size), frame, index.SHA256, index.Chunk{ID: index.SHA256.Sum(zeros), Size: size})
-		if err != nil || !bytes.Equal(got, zeros) {
-			t.Errorf("%d zeros: %v", size, err)
-		}
-	}
-}
-
 func TestStoreInMemory(t *testing.T) {
 	im := newImage(t, 300)
 	b := newPackBlobs(t, im)

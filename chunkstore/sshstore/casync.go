@@ -354,7 +354,7 @@ func (s *session) readChunk(m message) (*frame, error) {
 		return f, nil
 	}
 	defer f.release()
-	raw := appendRaw(nil, f.b)
+	raw := chunkstore.AppendRaw(nil, f.b) // a stored chunk is a zstd frame
 	stored, err := s.conn.store.newFrame(s.conn.ctx, len(raw))
 	if err == nil {
 		copy(stored.b, raw)

@@ -159,30 +159,3 @@ func printable(text []byte) string {
 	}, string(text))
 	return strings.Join(strings.Fields(s), " ")
 }
-
-// appendRaw appends plain as a zstd frame that holds it as it is: casync may
-// send a chunk uncompressed, and a stored chunk is a zstd frame.
-func appendRaw(dst, plain []byte) []byte {
-	const (
-		magic         = 0xFD2FB528
-		singleSegment = 1 << 5
-		size4         = 2 << 6 // the content's size takes four bytes
-		maxBlock      = 128 << 10
-		lastBlock     = 1
-	)
-	dst = binary.LittleEndian.AppendUint32(dst, magic)
-	dst = append(dst, singleSegment|size4)
-	dst = binary.LittleEndian.AppendUint32(dst, uint32(len(plain)))
-	for {
-		n := min(len(plain), maxBlock)
-		header := uint32(n) << 3 // of a raw block: 24 bits
-		if n == len(plain) {
-			header |= lastBlock
-		}
-		dst = append(dst, byte(header), byte(header>>8), byte(header>>16))
-		dst = append(dst, plain[:n]...)
-		if plain = plain[n:]; len(plain) == 0 {
-			return dst
-		}
-	}
-}

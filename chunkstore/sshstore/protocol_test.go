@@ -80,7 +80,7 @@ func TestHostile(t *testing.T) {
 		if !compressed {
 			plain := []byte("as it is")
 			answer = append(message{kind: kindChunk, id: id, data: len(plain)}.append(nil), plain...)
-			want = appendRaw(nil, plain)
+			want = chunkstore.AppendRaw(nil, plain)
 		}
 		write(t, file, string(hello)+string(answer))
 		if got, err := server.open("ssh", "/dir").Get(t.Context(), id, nil); err != nil || !bytes.Equal(got, want) {
@@ -108,16 +108,6 @@ func TestNotCasync(t *testing.T) {
 	server := startServer(t, "ForceCommand exit 3")
 	_, err := server.open("ssh", dir).Get(t.Context(), ids[0], nil)
 	wantRefused(t, err, "no casync", "exit status 3", "no SFTP")
-}
-
-func TestAppendRaw(t *testing.T) {
-	for _, n := range []int{1, 2, 255, 256, 128<<10 - 1, 128 << 10, 128<<10 + 1, 256 << 10, 1 << 20} {
-		plain := bytes.Repeat([]byte("ab\x00"), n/3+1)[:n]
-		c := index.Chunk{ID: index.SHA256.Sum(plain), Size: n}
-		if got, err := chunkstore.Decode(nil, appendRaw(nil, plain), index.SHA256, c); err != nil || !bytes.Equal(got, plain) {
-			t.Errorf("%d bytes: got %d bytes, %v", n, len(got), err)
-		}
-	}
 }
 
 // FuzzReadMessage: nothing that a server sends makes the parser panic, or
