@@ -180,8 +180,9 @@ const envHelp = `Environment:
   BLOB_STORE             --store for commands that read, separated by blanks
   BOOTFS_MIRRORS         mirrors of registries to read chunks from first: URL, or HOST=URL for one
                          registry, separated by blanks
-  BOOTFS_SSH_KEY         file with the key for ssh:// and sftp://, in the place of those in ~/.ssh; the file
-                         BOOTFS_SSH_PASSPHRASE_FILE holds its passphrase, if it has one
+  BOOTFS_SSH_KEY         file with the key for ssh:// and sftp://, in the place of those in ~/.ssh
+  BOOTFS_SSH_PASSPHRASE_FILE
+                         file with the passphrase of that key, if it has one
   DROPBEAR_PASSWORD      password for ssh:// and sftp://, where no key is accepted
   AWS_ACCESS_KEY_ID …    credentials, profile and region for s3+https://, named as for AWS's tools
                          or, S3_ACCESS_KEY …, as for desync

@@ -58,7 +58,7 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 		return err
 	}
 	if src.String() == dst.String() {
-		return usagef("%s is source and destination: its name would be lost to the source, choose another for the converted image", src)
+		return usagef("SRC and DST are both %s, and the source would lose its name: choose another DST", src)
 	}
 	t, err := f.transportOptions()
 	if err != nil {

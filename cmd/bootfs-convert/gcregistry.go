@@ -160,6 +160,7 @@ func state(address string, tags []transport.TagPacks, images map[string]map[stri
 		}
 		s.Tags = append(s.Tags, tag)
 	}
+	slices.SortFunc(s.Tags, func(a, b packTag) int { return strings.Compare(a.Tag, b.Tag) })
 	clear(counted)
 	for _, t := range tags {
 		for _, p := range t.Packs {
