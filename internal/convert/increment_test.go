@@ -128,8 +128,8 @@ func rootOf(t testing.TB, ref transport.Ref) ([]byte, *converted.Image) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	b, err := io.ReadAll(f)
-	if err != nil {
+	b := make([]byte, img.Index.Size())
+	if _, err := io.ReadFull(f, b); err != nil {
 		t.Fatal(err)
 	}
 	return b, img
@@ -243,9 +243,13 @@ func TestIncrementPlaces(t *testing.T) {
 	archive := transport.Ref{Transport: transport.OCIArchive, Path: filepath.Join(t.TempDir(), "x.tar"), Name: "dst"}
 	bases := []transport.Ref{ociRef(t), archive, reg.image("base:1")}
 	var index, digest string
-	for _, base := range bases {
+	for i, base := range bases {
 		convertTo(t, one, base, nil)
-		for _, dst := range []transport.Ref{ociRef(t), {Transport: transport.OCIArchive, Path: filepath.Join(t.TempDir(), "y.tar"), Name: "dst"}} {
+		to := []transport.Ref{ociRef(t)}
+		if i == 0 { // what an archive takes does not depend on where it comes from
+			to = append(to, transport.Ref{Transport: transport.OCIArchive, Path: filepath.Join(t.TempDir(), "y.tar"), Name: "dst"})
+		}
+		for _, dst := range to {
 			r := convertTo(t, two, dst, func(o *Options) { o.Base = &base })
 			p := r.Platforms[0]
 			if p.CopiedBytes == 0 || p.ReusedBytes != 0 || p.BasePacks < 3 || p.NewBytes != p.NewChunkBytes {

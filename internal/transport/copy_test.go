@@ -130,3 +130,30 @@ func TestHostileGraph(t *testing.T) {
 		})
 	}
 }
+
+// TestHostileConfigs resolves an index of more configurations than are held.
+func TestHostileConfigs(t *testing.T) {
+	from := memory{}
+	add := func(raw string) v1.Descriptor {
+		h, n, err := v1.SHA256(strings.NewReader(raw))
+		if err != nil {
+			t.Fatal(err)
+		}
+		from[h.String()] = []byte(raw)
+		return v1.Descriptor{Digest: h, Size: n}
+	}
+	var list []string
+	for i := range maxManifestBytes/maxConfig + 1 {
+		config := add(fmt.Sprintf(`{"os":"linux","architecture":"a%d","rootfs":{"type":"layers"},"author":"%s"}`, i, strings.Repeat("x", maxConfig-200)))
+		image := add(fmt.Sprintf(`{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":%q,"size":%d},"layers":[]}`, config.Digest, config.Size))
+		list = append(list, fmt.Sprintf(`{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":%q,"size":%d}`, image.Digest, image.Size))
+	}
+	root := add(`{"schemaVersion":2,"manifests":[` + strings.Join(list, ",") + `]}`)
+	if _, _, err := resolve(t.Context(), from, root, nil); err == nil || !strings.Contains(err.Error(), "manifests and configurations have more than") {
+		t.Errorf("got %v", err)
+	}
+	root = add(`{"schemaVersion":2,"manifests":[` + strings.Join(list[1:len(list)-1], ",") + `]}`)
+	if images, _, err := resolve(t.Context(), from, root, nil); err != nil || len(images) != len(list)-2 {
+		t.Errorf("with less: %d images, %v", len(images), err)
+	}
+}

@@ -74,6 +74,15 @@ type resolver struct {
 	skipped   []Skipped
 	platforms []v1.Platform // all Linux platforms seen, for messages
 	seen      int
+	bytes     int64 // of the manifests and configurations seen
+}
+
+// charge counts what is held of a document.
+func (r *resolver) charge(raw []byte) error {
+	if r.bytes += int64(len(raw)); r.bytes > maxManifestBytes {
+		return fmt.Errorf("its manifests and configurations have more than %d bytes", maxManifestBytes)
+	}
+	return nil
 }
 
 // resolve reads what root describes: an image, or an index of images.
@@ -121,6 +130,9 @@ func (r *resolver) add(ctx context.Context, d v1.Descriptor, depth int) error {
 		return fmt.Errorf("the index holds more than %d manifests or nests deeper than 3", maxManifests)
 	}
 	raw, err := readManifest(ctx, r.contents, d)
+	if err == nil {
+		err = r.charge(raw)
+	}
 	if err != nil {
 		return err
 	}
@@ -214,6 +226,9 @@ func (r *resolver) addImage(ctx context.Context, d v1.Descriptor, raw []byte) er
 		return fmt.Errorf("manifest %s is no image: its configuration is %q", d.Digest, m.Config.MediaType)
 	}
 	rawConfig, err := readAll(ctx, r.contents, m.Config, maxConfig)
+	if err == nil {
+		err = r.charge(rawConfig)
+	}
 	if err != nil {
 		return fmt.Errorf("configuration of %s: %w", d.Digest, err)
 	}
