@@ -38,6 +38,8 @@ type RemoteOptions struct {
 	// Keychain finds credentials; nil has none. It is asked when the registry
 	// asks, and again when what it gave is refused.
 	Keychain authn.Keychain
+	// Advice is what to do where a registry lets nobody in, for messages.
+	Advice string
 	// Transport makes the connections; nil is that of Hosts.
 	Transport http.RoundTripper
 	// Stall is how long a response may make no progress; 0 is 10 s.
@@ -50,6 +52,7 @@ type remoteBlobs struct {
 	repo     name.Repository // under the name that credentials have
 	address  string          // for messages
 	keychain authn.Keychain
+	advice   string
 	base     http.RoundTripper
 	hangUp   func() // closes connections that nobody uses
 	stall    time.Duration
@@ -139,6 +142,7 @@ func newRemoteBlobs(address string, e hosts.Endpoint, repo string, o RemoteOptio
 		repo:     reg.Repo(repo),
 		address:  address,
 		keychain: o.Keychain,
+		advice:   o.Advice,
 		base:     o.Transport,
 		hangUp:   func() {},
 		stall:    o.Stall,
@@ -388,7 +392,11 @@ func (q *request) statusError(resp *http.Response) error {
 		return e.Hint("the blob ends before byte %d", q.off+q.n)
 	case http.StatusUnauthorized, http.StatusForbidden:
 		if !away {
-			return e.Hint("the registry wants other credentials")
+			hint := "the registry wants other credentials"
+			if q.remote.advice != "" {
+				hint += ": " + q.remote.advice
+			}
+			return e.Hint("%s", hint)
 		}
 	}
 	return e

@@ -197,7 +197,7 @@ func TestFaults(t *testing.T) {
 		{"overlong without length", faultproxy.Overlong(10, false), "", false}, // the rest is not read
 		{"web page", faultproxy.WebPage(), "got a web page, want a blob", true},
 		{"404", faultproxy.Status(404, ""), "chunk not found: the registry does not have this blob", false},
-		{"403", faultproxy.Status(403, ""), "403 Forbidden: the registry wants other credentials", false},
+		{"403", faultproxy.Status(403, ""), "403 Forbidden: the registry wants other credentials: log in", false},
 		{"416", faultproxy.Status(416, ""), "the blob ends before byte", false},
 		{"418", faultproxy.Status(418, ""), "418", false},
 		{"204", faultproxy.Status(204, ""), "204 No Content", false},
@@ -213,7 +213,7 @@ func TestFaults(t *testing.T) {
 			if strings.HasPrefix(tt.want, "stalled") {
 				stall = quick
 			}
-			s := im.storeAt(t, "registry://"+proxy.Addr()+"/app", RemoteOptions{Stall: stall})
+			s := im.storeAt(t, "registry://"+proxy.Addr()+"/app", RemoteOptions{Stall: stall, Advice: "log in"})
 			read := map[string]func() error{
 				"Get": func() error {
 					frame, err := s.Get(t.Context(), ids[3], nil)

@@ -152,7 +152,7 @@ func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 	source := stores.Source{
 		Index:    c.index,
 		Locators: c.locators,
-		Access:   stores.Access{Keychain: secrets, SSH: ssh, Hosts: reach},
+		Access:   stores.Access{Keychain: secrets, Advice: registryAdvice, SSH: ssh, Hosts: reach},
 	}
 	if slices.ContainsFunc(addresses, s3store.Is) {
 		source.S3 = secrets.s3(s)

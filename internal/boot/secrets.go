@@ -126,6 +126,9 @@ func (s secrets) read(k *secretKind) ([]byte, error) {
 	return found[0].read()
 }
 
+// registryAdvice is what to do where a registry lets nobody in.
+const registryAdvice = "mount those of docker login as " + bootimage.SecretsDir + "/config.json"
+
 // ssh is who we are to SSH servers. What files say is read when a store is
 // opened, before the switch of the root; the agent is asked later too.
 func (s secrets) ssh(c *settings) (sshstore.Options, error) {

@@ -35,6 +35,7 @@ type Source struct {
 // value is nobody.
 type Access struct {
 	Keychain authn.Keychain // of registries and web servers; nil has none
+	Advice   string         // what to do where a registry lets nobody in, for messages
 	SSH      sshstore.Options
 	S3       s3store.Options
 	Hosts    *hosts.Hosts // how registries and web servers are reached; nil: as everybody reaches them
@@ -222,7 +223,7 @@ func (a Access) hosts() *hosts.Hosts {
 }
 
 func (a Access) remote() registrystore.RemoteOptions {
-	return registrystore.RemoteOptions{Hosts: a.Hosts, Keychain: a.Keychain}
+	return registrystore.RemoteOptions{Hosts: a.Hosts, Keychain: a.Keychain, Advice: a.Advice}
 }
 
 func openLayout(address string, s Source) (chunkstore.Store, error) {
