@@ -36,7 +36,8 @@ func openRegular(root *os.Root, name string) (*os.File, int64, error) {
 // replacement is a file that takes the place of another in one step.
 type replacement struct {
 	*os.File
-	path string
+	path   string
+	placed bool // it has its name
 }
 
 // What stands around the name of a file in the making.
@@ -57,7 +58,7 @@ func newReplacement(path string) (*replacement, error) {
 			return nil, err
 		}
 		if ours(f) {
-			return &replacement{f, path}, nil
+			return &replacement{File: f, path: path}, nil
 		}
 		f.Close() // sweep came between
 	}
@@ -107,6 +108,7 @@ func (r *replacement) commit(mode os.FileMode) error {
 		os.Remove(r.Name())
 		return err
 	}
+	r.placed = true
 	return syncDir(filepath.Dir(r.path))
 }
 

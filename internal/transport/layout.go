@@ -452,15 +452,14 @@ func (d *layoutDestination) lookup(_ context.Context, name string) ([]byte, erro
 }
 
 func (d *layoutDestination) finish(_ context.Context, m v1.Descriptor, _ []byte) error {
-	if err := d.commitIndex(append(d.beside, d.o.names(d.name, m)...)); err != nil {
-		return err
-	}
-	d.finished = true
-	return nil
+	// What index.json names stays, even if that is not known to last.
+	var err error
+	d.finished, err = d.commitIndex(append(d.beside, d.o.names(d.name, m)...))
+	return err
 }
 
-// commitIndex enters the image in index.json.
-func (d *layoutDestination) commitIndex(names []named) error {
+// commitIndex enters the image in index.json, and says whether it stands there.
+func (d *layoutDestination) commitIndex(names []named) (entered bool, err error) {
 	path := filepath.Join(d.dir, indexFile)
 	x := emptyLayoutIndex()
 	raw, err := os.ReadFile(path)
@@ -468,32 +467,34 @@ func (d *layoutDestination) commitIndex(names []named) error {
 		x, err = parseLayoutIndex(raw)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+		return false, err
 	}
 	next, err := x.set(names)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if err := replaceFile(filepath.Join(d.dir, layoutFile), []byte(layoutText)); err != nil {
-		return err
+	if _, err := replaceFile(filepath.Join(d.dir, layoutFile), []byte(layoutText)); err != nil {
+		return false, err
 	}
 	return replaceFile(path, next)
 }
 
-// replaceFile gives the file at path the content b, unless it has it.
-func replaceFile(path string, b []byte) error {
+// replaceFile gives the file at path the content b, unless it has it. placed
+// says that it has it now, with an error too.
+func replaceFile(path string, b []byte) (placed bool, err error) {
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(bytes.TrimSpace(old), b) {
-		return nil
+		return true, nil
 	}
 	f, err := newReplacement(path)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer f.abandon()
 	if _, err := f.Write(b); err != nil {
-		return err
+		return false, err
 	}
-	return f.commit(0o644)
+	err = f.commit(0o644)
+	return f.placed, err
 }
 
 func (d *layoutDestination) Close() error {
