@@ -29,8 +29,9 @@ import (
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
-// Profile names the cutting and layout parameters that Run uses.
-const Profile = "v1"
+// Profile names the cutting and layout parameters that Run uses, which the
+// records of a cache follow too.
+const Profile = convcache.Profile
 
 // Options are what Run needs to know.
 type Options struct {
