@@ -40,35 +40,12 @@ func (r *remoteBlobs) wantsLogin(s *session, resp *http.Response) bool {
 	return false
 }
 
-// renew replaces session old, which got the answer refused, by a new one, unless
-// another request has done so already: when a token expires, all running
-// requests come here, and one of them gets a new one for all.
+// renew replaces session old, which got the answer refused, by a new one.
 func (r *remoteBlobs) renew(ctx context.Context, old *session, refused *http.Response) error {
-	select {
-	case r.login <- struct{}{}:
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-	if r.session.Load() != old {
-		<-r.login
-		return nil
-	}
-	// A credential helper does not know of ctx: it is left to finish alone.
-	done := make(chan error, 1)
-	go func() {
-		defer func() { <-r.login }()
-		s, err := r.handshake(ctx, old, refused)
-		if err == nil {
-			r.session.Store(s)
-		}
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	_, err := r.session.Renew(ctx, old, func(ctx context.Context) (*session, error) {
+		return r.handshake(ctx, old, refused)
+	})
+	return err
 }
 
 func (r *remoteBlobs) handshake(ctx context.Context, old *session, refused *http.Response) (*session, error) {

@@ -57,8 +57,7 @@ type remoteBlobs struct {
 	hangUp   func() // closes connections that nobody uses
 	stall    time.Duration
 
-	session atomic.Pointer[session]
-	login   chan struct{} // a lock around renewals, which a waiter can leave
+	session *httpio.Shared[session]
 	signed  signedURLs
 	absent  absences    // of a mirror
 	whole   atomic.Bool // the server ignores ranges
@@ -146,7 +145,7 @@ func newRemoteBlobs(address string, e hosts.Endpoint, repo string, o RemoteOptio
 		base:     o.Transport,
 		hangUp:   func() {},
 		stall:    o.Stall,
-		login:    make(chan struct{}, 1),
+		session:  httpio.NewShared(&session{scheme: e.Scheme}),
 	}
 	if r.keychain == nil {
 		r.keychain = authn.NewMultiKeychain() // of none
@@ -164,7 +163,6 @@ func newRemoteBlobs(address string, e hosts.Endpoint, repo string, o RemoteOptio
 		r.base = secure{r.base}
 	}
 	r.base = transport.NewUserAgent(r.base, "bootfs")
-	r.session.Store(&session{scheme: e.Scheme})
 	return r, nil
 }
 

@@ -83,8 +83,7 @@ type Store struct {
 	stall     time.Duration
 	slots     chan struct{} // one per running request
 
-	login  atomic.Pointer[string] // Authorization header; nil until it was asked for
-	asking chan struct{}          // a lock around ask, which a waiter can leave
+	login  *httpio.Shared[string] // Authorization header; nil until it was asked for
 	noHead atomic.Bool            // the server refuses HEAD and takes GET
 }
 
@@ -105,16 +104,16 @@ func New(address string, o Options) (*Store, error) {
 		hangUp:    func() {},
 		stall:     o.Stall,
 		slots:     make(chan struct{}, parallelRequests),
-		asking:    make(chan struct{}, 1),
 	}
+	var login *string
 	if u.User != nil {
 		password, _ := u.User.Password()
 		h := Login{User: u.User.Username(), Password: password}.header()
-		s.ask = nil
-		s.login.Store(&h)
+		s.ask, login = nil, &h
 	} else if s.ask == nil {
-		s.login.Store(new(string))
+		login = new(string)
 	}
+	s.login = httpio.NewShared(login)
 	if s.transport == nil {
 		s.transport = httpio.NewTransport(parallelRequests)
 	}

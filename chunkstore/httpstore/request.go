@@ -101,38 +101,16 @@ func (s *Store) currentLogin(ctx context.Context) (*string, error) {
 	return s.renewLogin(ctx, nil)
 }
 
-// renewLogin replaces the login old by a new one, unless another request has
-// done so already: when a password changes, all running requests come here.
+// renewLogin replaces the login old, as when a password has changed.
 func (s *Store) renewLogin(ctx context.Context, old *string) (*string, error) {
-	select {
-	case s.asking <- struct{}{}:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	if l := s.login.Load(); l != old {
-		<-s.asking
-		return l, nil
-	}
-	// A credential helper may not know of ctx: it is left to finish alone.
-	done := make(chan error, 1)
-	go func() {
-		defer func() { <-s.asking }()
+	return s.login.Renew(ctx, old, func(ctx context.Context) (*string, error) {
 		l, err := s.ask(ctx)
-		if err == nil {
-			h := l.header()
-			s.login.Store(&h)
-		}
-		done <- err
-	}()
-	select {
-	case err := <-done:
 		if err != nil {
 			return nil, fmt.Errorf("credentials for %s: %w", s.origin, err)
 		}
-		return s.login.Load(), nil
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
+		h := l.header()
+		return &h, nil
+	})
 }
 
 // away reports whether a response came from where the server redirected to.

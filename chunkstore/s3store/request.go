@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
-	"sync/atomic"
 	"time"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
@@ -205,9 +204,8 @@ func isNotFound(err error) bool { return errors.Is(err, chunkstore.ErrNotFound) 
 // again when they are about to expire or are refused.
 type keys struct {
 	sources Sources
-	held    atomic.Pointer[Credentials] // nil until they were looked for
-	asking  chan struct{}               // a lock around asked and looking, which a waiter can leave
-	asked   time.Time                   // when they were last looked for
+	held    *httpio.Shared[Credentials] // nil until they were looked for
+	asked   time.Time                   // when they were last looked for; only while held is renewed
 }
 
 const (
@@ -233,31 +231,22 @@ func (k *keys) current(ctx context.Context) (*Credentials, error) {
 	return other, err
 }
 
-// renew replaces the credentials old by new ones, unless another request has
-// done so already: when they expire, all running requests come here. It returns
-// old where the last search is younger than patience.
+// renew replaces the credentials old by new ones. It returns old where the last
+// search is younger than patience.
 func (k *keys) renew(ctx context.Context, old *Credentials, patience time.Duration) (*Credentials, error) {
-	select {
-	case k.asking <- struct{}{}:
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	defer func() { <-k.asking }()
-	if c := k.held.Load(); c != old {
-		return c, nil
-	}
-	if old != nil && time.Since(k.asked) < patience {
-		return old, nil
-	}
-	k.asked = time.Now()
-	c, err := k.sources.find(ctx)
-	if err != nil {
-		var service *serviceError
-		return nil, &httpio.Error{
-			Err:       fmt.Errorf("find credentials: %w", err),
-			Temporary: errors.As(err, &service) && service.temporary,
+	return k.held.Renew(ctx, old, func(ctx context.Context) (*Credentials, error) {
+		if old != nil && time.Since(k.asked) < patience {
+			return old, nil
 		}
-	}
-	k.held.Store(&c)
-	return &c, nil
+		k.asked = time.Now()
+		c, err := k.sources.find(ctx)
+		if err != nil {
+			var service *serviceError
+			return nil, &httpio.Error{
+				Err:       fmt.Errorf("find credentials: %w", err),
+				Temporary: errors.As(err, &service) && service.temporary,
+			}
+		}
+		return &c, nil
+	})
 }

@@ -97,7 +97,7 @@ func New(addr string, o Options) (*Store, error) {
 		hangUp:    func() {},
 		stall:     o.Stall,
 		slots:     make(chan struct{}, parallelRequests),
-		keys:      keys{sources: o.Sources, asking: make(chan struct{}, 1)},
+		keys:      keys{sources: o.Sources, held: httpio.NewShared[Credentials](nil)},
 	}
 	s.place.Store(p)
 	if s.advice == "" {
