@@ -51,17 +51,21 @@ type keptPack struct {
 	probe                        index.Chunk // the last of the chunks in it that the image has
 }
 
+// packRole is what a pack of a base is to a new image.
+type packRole int
+
+const (
+	unusedPack packRole = iota
+	ordinaryPack
+	startPack
+)
+
 // planReuse decides which packs of b an image of chunks refers to. below is
 // the part of a pack that has to be used. The decision depends on its
 // arguments alone, and an image that it leaves without anything to store
 // refers to exactly what b refers to.
 func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
-	const (
-		dropped = iota
-		ordinary
-		start
-	)
-	role := make([]int, len(b.packs))
+	role := make([]packRole, len(b.packs))
 	used := make([]int64, len(b.packs)) // bytes of what role says
 	sum := func(counts func(wantedChunk, int) bool) {
 		clear(used)
@@ -80,7 +84,7 @@ func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
 	var smalls []int
 	for p := range b.packs {
 		if fills(p, startUse) {
-			role[p] = start
+			role[p] = startPack
 			if isSmall(p) {
 				smalls = append(smalls, p)
 			}
@@ -89,7 +93,7 @@ func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
 	// A chunk of the start set lies in one of its packs, whoever else has it.
 	stored := func(c wantedChunk) bool {
 		at, ok := b.find(c.ID)
-		return ok && (role[at.Pack] == start || !c.start && role[at.Pack] == ordinary)
+		return ok && (role[at.Pack] == startPack || !c.start && role[at.Pack] == ordinaryPack)
 	}
 	// merge gives up the smaller ones of smalls where they and what is to be
 	// stored beside them are more than most.
@@ -103,16 +107,16 @@ func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
 		}
 		slices.SortStableFunc(smalls, func(p, q int) int { return cmp.Compare(b.packs[q].Size, b.packs[p].Size) })
 		for _, p := range smalls[keep:] {
-			role[p] = dropped
+			role[p] = unusedPack
 		}
 	}
 	merge(smalls, maxSmallStart, keepSmallStart, func(c wantedChunk) bool { return c.start && !stored(c) })
 
-	sum(func(c wantedChunk, p int) bool { return !c.start && role[p] != start })
+	sum(func(c wantedChunk, p int) bool { return !c.start && role[p] != startPack })
 	smalls = nil
 	for p := range b.packs {
-		if role[p] != start && fills(p, below) {
-			role[p] = ordinary
+		if role[p] != startPack && fills(p, below) {
+			role[p] = ordinaryPack
 			if isSmall(p) {
 				smalls = append(smalls, p)
 			}
@@ -120,13 +124,19 @@ func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
 	}
 	merge(smalls, maxSmall, keepSmall, func(c wantedChunk) bool { return !c.start && !stored(c) })
 
+	return b.refer(role, chunks, stored)
+}
+
+// refer lists the packs that have a role, and places those of chunks that are
+// stored in them.
+func (b *baseImage) refer(role []packRole, chunks []wantedChunk, stored func(wantedChunk) bool) reuse {
 	out := reuse{at: make(map[index.ID]registrystore.Location)}
 	place := make([]int, len(b.packs)) // in out.kept
-	for _, want := range []int{start, ordinary} {
+	for _, want := range []packRole{startPack, ordinaryPack} {
 		for p, d := range b.packs {
 			if role[p] == want {
 				place[p] = len(out.kept)
-				d.Start = want == start
+				d.Start = want == startPack
 				out.kept = append(out.kept, keptPack{PackDescriptor: d, number: p})
 			}
 		}
