@@ -39,7 +39,7 @@ func (c *common) openHosts() error {
 	}
 	var err error
 	if c.hosts, err = hosts.New(o); err != nil {
-		return usagef("%s: %w", envMirrors, err)
+		return usagef("%w", err)
 	}
 	return nil
 }

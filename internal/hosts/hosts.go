@@ -80,6 +80,9 @@ type Endpoint struct {
 func New(o Options) (*Hosts, error) {
 	h := &Hosts{o: o, insecure: make(map[string]bool), made: make(map[string]*connections)}
 	for _, host := range o.Insecure {
+		if host == "" || strings.Contains(host, "/") {
+			return nil, fmt.Errorf("insecure host %q: want HOST[:PORT]", host)
+		}
 		h.insecure[host] = true
 	}
 	var err error
