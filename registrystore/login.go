@@ -11,6 +11,8 @@ import (
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
 // session is how the registry wants to be spoken to: by which scheme, and with
@@ -77,7 +79,7 @@ func (r *remoteBlobs) handshake(ctx context.Context, old *session, refused *http
 		case errors.As(err, &status), errors.As(err, &broken):
 			return nil, err
 		case err != nil: // it may quote the answer
-			return nil, fmt.Errorf("login at %s: %s", r.endpoint.Host, oneLine(err.Error()))
+			return nil, fmt.Errorf("login at %s: %s", r.endpoint.Host, httpio.OneLine(err.Error(), maxWords))
 		}
 		s.login = "Bearer " + cmp.Or(token.AccessToken, token.Token)
 	case known.Username != "" || known.Password != "":

@@ -27,6 +27,9 @@ import (
 // with the whole blob, in bytes.
 const maxSkip = MaxPack
 
+// maxWords bounds what a message repeats of a server's words, in bytes.
+const maxWords = 300
+
 // RemoteOptions says how a registry is reached. The zero value fits a public
 // one.
 type RemoteOptions struct {
@@ -482,7 +485,7 @@ func (q *request) fail(err error) error {
 			err = &httpio.Error{
 				Status:    login.StatusCode,
 				Temporary: login.Temporary(),
-				Err:       fmt.Errorf("login at %s: %s", q.remote.endpoint.Host, oneLine(login.Error())),
+				Err:       fmt.Errorf("login at %s: %s", q.remote.endpoint.Host, httpio.OneLine(login.Error(), maxWords)),
 			}
 		}
 		e = httpio.Judge(q.ctx, q.watch, err, "registry+http://…")
@@ -490,13 +493,4 @@ func (q *request) fail(err error) error {
 	failed := Failed(q.remote.address, q.digest, e.Err)
 	failed.Status, failed.Retry, failed.After = e.Status, e.Temporary, e.After
 	return failed
-}
-
-// oneLine makes a server's words fit for a message.
-func oneLine(s string) string {
-	s = strings.Join(strings.Fields(s), " ")
-	if len(s) > 300 {
-		s = s[:300] + "…"
-	}
-	return strings.ToValidUTF8(s, "?")
 }

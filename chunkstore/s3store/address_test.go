@@ -1,6 +1,7 @@
 package s3store
 
 import (
+	"cmp"
 	"strings"
 	"testing"
 
@@ -49,7 +50,7 @@ func TestAddress(t *testing.T) {
 			t.Error(err)
 			continue
 		}
-		if want := or(tt.name, tt.address); s.String() != want {
+		if want := cmp.Or(tt.name, tt.address); s.String() != want {
 			t.Errorf("%s: its name is %s, want %s", tt.address, s, want)
 		}
 		if again, err := New(s.String(), Options{Sources: env{}.sources()}); err != nil || *again.place.Load() != *s.place.Load() || *again.address != *s.address {

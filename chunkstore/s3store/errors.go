@@ -1,6 +1,7 @@
 package s3store
 
 import (
+	"cmp"
 	"fmt"
 	"net/http"
 	"slices"
@@ -53,7 +54,7 @@ func (q *request) refusal(a ask, resp *http.Response, u used, f fault) error {
 		return e.Hint("this machine's clock says %s and the server's %s: set it",
 			time.Now().UTC().Format(time.RFC3339), serverTime(resp))
 	case "AuthorizationHeaderMalformed", "InvalidRegion":
-		return e.Hint("the region %q is not the bucket's: name it behind the address, ?region=%s", u.place.region, or(f.region, "REGION"))
+		return e.Hint("the region %q is not the bucket's: name it behind the address, ?region=%s", u.place.region, cmp.Or(f.region, "REGION"))
 	case "QuotaExceeded", "XMinioStorageFull", "InsufficientStorage":
 		return e.Hint("%w", chunkstore.ErrFull)
 	case "EntityTooLarge":
@@ -107,7 +108,7 @@ func (s *Store) elsewhere(resp *http.Response, f fault) string {
 	if there, ok := parseAWS(strings.TrimPrefix(host, "https://")); ok {
 		host = there.String()
 	}
-	what := "the bucket is elsewhere, and credentials do not go there by themselves: name the store as it is called at " + or(strings.TrimSuffix(host, "://"), "its own endpoint")
+	what := "the bucket is elsewhere, and credentials do not go there by themselves: name the store as it is called at " + cmp.Or(strings.TrimSuffix(host, "://"), "its own endpoint")
 	if f.region != "" {
 		what += ", with ?region=" + f.region
 	}
@@ -120,12 +121,4 @@ func serverTime(resp *http.Response) string {
 		return t.UTC().Format(time.RFC3339)
 	}
 	return "something else"
-}
-
-// or returns a, or b where a is empty.
-func or(a, b string) string {
-	if a != "" {
-		return a
-	}
-	return b
 }

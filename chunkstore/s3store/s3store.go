@@ -17,6 +17,7 @@
 package s3store
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net/http"
@@ -84,7 +85,7 @@ func New(addr string, o Options) (*Store, error) {
 			a.region = ""
 		}
 	}
-	p := &place{a.host, or(a.region, or(aws.region, defaultRegion))}
+	p := &place{a.host, cmp.Or(a.region, aws.region, defaultRegion)}
 	if isAWS && aws.region == "" && p.region != defaultRegion {
 		if p.host, err = aws.at(p.region); err != nil {
 			return nil, fmt.Errorf("store %q: region %q: %w", a, p.region, err)

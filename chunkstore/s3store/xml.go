@@ -5,12 +5,15 @@ import (
 	"errors"
 	"io"
 	"strings"
+
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
 const (
 	maxFault = 64 << 10 // bytes of an error's description
 	maxDepth = 16       // elements within one another
 	maxText  = 4 << 10  // bytes of one element's text
+	maxWords = 200      // bytes of it in a message
 )
 
 var (
@@ -94,13 +97,4 @@ func readFault(r io.Reader) fault {
 }
 
 // oneLine makes a server's text fit for a message.
-func oneLine(s string) string {
-	const most = 200 // bytes
-	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r >= 0x7f {
-			return ' '
-		}
-		return r
-	}, s)
-	return strings.TrimRight(strings.Join(strings.Fields(s[:min(len(s), most)]), " "), ".")
-}
+func oneLine(s string) string { return strings.TrimRight(httpio.OneLine(s, maxWords), ".") }

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
+	"unicode"
 )
 
 // Error is why a request failed. A store puts it into an error of its own, which
@@ -98,4 +100,20 @@ func Judge(ctx context.Context, w *Watch, err error, plain string) *Error {
 	}
 	e.Err = fmt.Errorf("%s%w", where, e.Err)
 	return e
+}
+
+// OneLine makes a server's words fit for a message: one line of at most that
+// many bytes, without what a terminal would obey.
+func OneLine(s string, most int) string {
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, "?"))
+	s = strings.Join(strings.Fields(s), " ")
+	if len(s) > most {
+		s = strings.ToValidUTF8(s[:most], "") + "…"
+	}
+	return s
 }

@@ -228,3 +228,18 @@ func TestJudgeAnothersError(t *testing.T) {
 		t.Errorf("got %+v, want the reason of the end", e)
 	}
 }
+
+func TestOneLine(t *testing.T) {
+	for in, want := range map[string]string{
+		"":                          "",
+		" two\r\n\tlines ":          "two lines",
+		"\x1b[31mred\x1b[0m\u202e.": "[31mred [0…",
+		"no\xffutf8":                "no?utf8",
+		"größer als zehn":           "größer a…",
+		"123456789ä":                "123456789…",
+	} {
+		if got := httpio.OneLine(in, 10); got != want {
+			t.Errorf("%q: got %q, want %q", in, got, want)
+		}
+	}
+}
