@@ -17,6 +17,7 @@
 package convcache
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,7 +47,8 @@ type Cache struct {
 	To   []Place
 	Log  *slog.Logger
 
-	kept map[string]*Record // what To is going to hold, by DiffID
+	kept  map[string]*Record // what To is going to hold, by DiffID
+	limit int                // in the place of maxLoaded, in tests
 }
 
 const (
@@ -62,7 +64,7 @@ const (
 func (c *Cache) Load(ctx context.Context, diffIDs []string) map[string]*Record {
 	ids := slices.Compact(slices.Sorted(slices.Values(diffIDs)))
 	found := make([]*Record, len(ids))
-	o := opener{left: maxLoaded}
+	o := opener{left: cmp.Or(c.limit, maxLoaded)}
 	var g errgroup.Group
 	g.SetLimit(recordsAtOnce)
 	for i, id := range ids {
@@ -96,7 +98,7 @@ func (o *opener) open(diffID string, sealed []byte) (*Record, error) {
 	}
 	n := r.memory()
 	if n > o.left {
-		return nil, fmt.Errorf("it takes %d bytes of memory, and the records of an image at most %d", n, maxLoaded)
+		return nil, fmt.Errorf("it takes %d bytes of memory, and %d are left for the records of the image", n, o.left)
 	}
 	o.left -= n
 	return r, nil

@@ -339,11 +339,11 @@ func TestCache(t *testing.T) {
 func TestLoadLimit(t *testing.T) {
 	var log bytes.Buffer
 	dir := Dir(t.TempDir())
-	c := &Cache{From: []Place{dir}, To: []Place{dir}, Log: slog.New(slog.NewTextHandler(&log, nil))}
+	c := &Cache{From: []Place{dir}, To: []Place{dir}, Log: slog.New(slog.NewTextHandler(&log, nil)), limit: 3000}
 	var ids []string
 	for n := range 4 {
 		ids = append(ids, diffID(n))
-		c.Keep(ids[n], &Record{Entries: make([]byte, maxLoaded/3), Layers: ids[n:]})
+		c.Keep(ids[n], &Record{Entries: make([]byte, 1000), Layers: ids[n:]})
 	}
 	c.Save(t.Context())
 	if got := c.Load(t.Context(), ids); len(got) != 3 {
