@@ -81,7 +81,7 @@ type Store struct {
 	transport http.RoundTripper
 	hangUp    func() // closes connections that nobody uses
 	stall     time.Duration
-	slots     chan struct{} // one per running request
+	slots     httpio.Slots
 
 	login  *httpio.Shared[string] // Authorization header; nil until it was asked for
 	noHead atomic.Bool            // the server refuses HEAD and takes GET
@@ -103,7 +103,7 @@ func New(address string, o Options) (*Store, error) {
 		transport: o.Transport,
 		hangUp:    func() {},
 		stall:     o.Stall,
-		slots:     make(chan struct{}, parallelRequests),
+		slots:     make(httpio.Slots, parallelRequests),
 	}
 	var login *string
 	if u.User != nil {

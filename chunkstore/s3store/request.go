@@ -17,35 +17,21 @@ const maxMoves = 3
 
 // request is what one call asks of the server: mostly one request.
 type request struct {
-	store  *Store
-	did    string
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	watch  *httpio.Watch // cancels ctx
+	store *Store
+	did   string
+	ctx   context.Context
+	watch *httpio.Watch // cancels ctx
+	end   func()
 }
 
-// begin waits for a turn.
+// begin waits for a turn, which the request's end ends.
 func (s *Store) begin(ctx context.Context, did string, limit time.Duration) (*request, error) {
 	q := &request{store: s, did: did}
-	q.ctx, q.cancel = context.WithCancelCause(ctx)
-	err := ctx.Err()
-	if err == nil {
-		select {
-		case s.slots <- struct{}{}:
-			q.watch = httpio.NewWatch(limit, q.cancel)
-			return q, nil
-		case <-ctx.Done():
-			err = context.Cause(ctx)
-		}
+	var err error
+	if q.ctx, q.watch, q.end, err = s.slots.Acquire(ctx, limit); err != nil {
+		return nil, q.fail(err)
 	}
-	defer q.cancel(nil)
-	return nil, q.fail(err)
-}
-
-func (q *request) end() {
-	q.watch.Stop()
-	q.cancel(nil)
-	<-q.store.slots
+	return q, nil
 }
 
 // ask is one request to the bucket.

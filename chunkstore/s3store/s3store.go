@@ -62,7 +62,7 @@ type Store struct {
 	transport http.RoundTripper
 	hangUp    func() // closes connections that nobody uses
 	stall     time.Duration
-	slots     chan struct{} // one per running request
+	slots     httpio.Slots
 	place     atomic.Pointer[place]
 	keys      keys
 }
@@ -97,7 +97,7 @@ func New(addr string, o Options) (*Store, error) {
 		transport: o.Transport,
 		hangUp:    func() {},
 		stall:     o.Stall,
-		slots:     make(chan struct{}, parallelRequests),
+		slots:     make(httpio.Slots, parallelRequests),
 		keys:      keys{sources: o.Sources, held: httpio.NewShared[Credentials](nil)},
 	}
 	s.place.Store(p)
