@@ -38,9 +38,6 @@ type untaggedPacks struct {
 	Packs amount `json:"packs"`
 }
 
-// packsTag begins the tags that hold the packs of images elsewhere.
-const packsTag = "packs-"
-
 // runRegistryGC tells what the packs in a repository are there for.
 func runRegistryGC(ctx context.Context, f *gcFlags, address string, names []string) error {
 	d := f.display()
@@ -141,7 +138,7 @@ func state(address string, tags []transport.TagPacks, images map[string]map[stri
 	}
 	used := make(map[string]bool) // digests: to delete a tag may delete what it stands for
 	for _, t := range tags {
-		used[t.Digest] = used[t.Digest] || len(users[t.Tag]) > 0 || !strings.HasPrefix(t.Tag, packsTag)
+		used[t.Digest] = used[t.Digest] || len(users[t.Tag]) > 0 || !strings.HasPrefix(t.Tag, transport.PacksPrefix)
 	}
 	kept, counted := make(map[string]bool), make(map[string]bool)
 	for _, t := range tags {
@@ -182,7 +179,7 @@ func (f *gcFlags) printStatement(s *packStatement) error {
 		case !t.Used:
 			unused++
 			fmt.Fprintf(&b, "%s: packs: %s; held for no image that was named\n", t.Tag, t.Packs)
-		case strings.HasPrefix(t.Tag, packsTag):
+		case strings.HasPrefix(t.Tag, transport.PacksPrefix):
 			fmt.Fprintf(&b, "%s: packs: %s; held for %s\n", t.Tag, t.Packs, cmp.Or(strings.Join(t.UsedBy, ", "), "an image here"))
 		default:
 			fmt.Fprintf(&b, "%s: packs: %s; a converted image\n", t.Tag, t.Packs)

@@ -209,6 +209,10 @@ func (b *openedBlob) Seek(off int64, whence int) (int64, error) {
 	return off, nil
 }
 
+// PacksPrefix begins the tags that keep packs which lie in another repository
+// than their image.
+const PacksPrefix = "packs-"
+
 // PacksTag is the tag that keeps packs which lie in another repository than
 // their image: it is named by the manifests that list them.
 func PacksTag(data []PlatformImage) (string, error) {
@@ -221,7 +225,7 @@ func PacksTag(data []PlatformImage) (string, error) {
 		all.WriteString(h.String())
 	}
 	h, _, err := v1.SHA256(strings.NewReader(all.String()))
-	return "packs-" + h.Hex[:min(len(h.Hex), 32)], err
+	return PacksPrefix + h.Hex[:min(len(h.Hex), 32)], err
 }
 
 // copier is one Copy.

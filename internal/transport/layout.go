@@ -64,7 +64,7 @@ func refName(raw json.RawMessage) (string, error) {
 
 // besideName matches names in a layout that no image is meant by: what signs or
 // describes a manifest, and the second name of a conversion.
-var besideName = regexp.MustCompile(`^(sha256-[0-9a-f]{64}(\.[a-z]+)?|keep-[0-9a-f]{64}|packs-[0-9a-f]{32})$`)
+var besideName = regexp.MustCompile(`^(sha256-[0-9a-f]{64}(\.[a-z]+)?|keep-[0-9a-f]{64}|` + PacksPrefix + `[0-9a-f]{32})$`)
 
 // find returns what name stands for. Without a name, the layout must hold one
 // image.
