@@ -98,7 +98,38 @@ func (s secrets) find(k *secretKind) []secret {
 	return found
 }
 
+// check refuses what is no secret: to open a FIFO would wait for its writer, and
+// a device may have no end.
+func (s secret) check() error {
+	info, err := os.Stat(s.path)
+	switch {
+	case err != nil:
+	case !info.Mode().IsRegular():
+		err = fmt.Errorf("it is %s, not a file", fileKind(info.Mode()))
+	case info.Size() > maxSecret:
+		err = errSecretSize
+	}
+	return s.told(err)
+}
+
+func fileKind(m fs.FileMode) string {
+	switch m.Type() {
+	case fs.ModeDir:
+		return "a directory"
+	case fs.ModeNamedPipe:
+		return "a FIFO"
+	case fs.ModeSocket:
+		return "a socket"
+	}
+	return "a device"
+}
+
+var errSecretSize = fmt.Errorf("it has more than %d bytes", maxSecret)
+
 func (s secret) read() ([]byte, error) {
+	if err := s.check(); err != nil {
+		return nil, err
+	}
 	var b []byte
 	f, err := os.Open(s.path)
 	if err == nil {
@@ -106,15 +137,20 @@ func (s secret) read() ([]byte, error) {
 		b, err = io.ReadAll(io.LimitReader(f, maxSecret+1))
 	}
 	if err == nil && len(b) > maxSecret {
-		err = fmt.Errorf("it has more than %d bytes", maxSecret)
+		err = errSecretSize // files of the kernel's have size 0
 	}
+	return b, s.told(err)
+}
+
+// told is err with the name that the user knows.
+func (s secret) told(err error) error {
 	if e := (*fs.PathError)(nil); errors.As(err, &e) {
 		err = e.Err // the path is not the user's
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", s.name, err)
+		return fmt.Errorf("%s: %w", s.name, err)
 	}
-	return b, nil
+	return nil
 }
 
 // read returns the first secret of a kind, nil if there is none.
@@ -134,14 +170,20 @@ const registryAdvice = "mount those of docker login as " + bootimage.SecretsDir 
 func (s secrets) ssh(c *settings) (sshstore.Options, error) {
 	o := sshstore.Options{Password: c.sshPassword, Accept: bootimage.SecretsDir + "/known_hosts",
 		Advice: "mount a key as " + bootimage.SecretsDir + "/id_ed25519"}
-	for _, f := range s.find(sshKey) {
-		o.Keys = append(o.Keys, f.name)
-	}
-	for _, f := range s.find(sshPassphrase) {
-		o.PassphraseFile = f.name
-	}
-	for _, f := range s.find(sshKnownHosts) {
-		o.KnownHosts = append(o.KnownHosts, f.name)
+	for _, k := range []*secretKind{sshKey, sshPassphrase, sshKnownHosts} {
+		for _, f := range s.find(k) {
+			if err := f.check(); err != nil {
+				return o, fmt.Errorf("credentials: %w", err)
+			}
+			switch k {
+			case sshKey:
+				o.Keys = append(o.Keys, f.name)
+			case sshPassphrase:
+				o.PassphraseFile = f.name
+			case sshKnownHosts:
+				o.KnownHosts = append(o.KnownHosts, f.name)
+			}
+		}
 	}
 	if o.Password == "" {
 		b, err := s.read(sshPassword)

@@ -131,6 +131,55 @@ func TestSecretsStay(t *testing.T) {
 	}
 }
 
+// TestSecretsThatAreNoFiles: what cannot be read to an end is refused by name,
+// at once.
+func TestSecretsThatAreNoFiles(t *testing.T) {
+	dir := t.TempDir()
+	secretsDir := filepath.Join(dir, "secrets")
+	if err := os.Mkdir(secretsDir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	s := heldSecrets(t, secretsDir)
+	names := []string{"config.json", "id_ed25519", "passphrase", "password", "known_hosts", "credentials"}
+	for _, c := range []struct {
+		says string
+		make func(path string) error
+	}{
+		{"it is a FIFO, not a file", func(p string) error { return unix.Mkfifo(p, 0o600) }},
+		{"it is a device, not a file", func(p string) error { return os.Symlink("/dev/zero", p) }},
+		{"it is a directory, not a file", func(p string) error { return os.Mkdir(p, 0o700) }},
+		{"it is a socket, not a file", func(p string) error { return unix.Mknod(p, unix.S_IFSOCK|0o600, 0) }},
+		{"it has more than 1048576 bytes", func(p string) error {
+			if err := os.WriteFile(p, nil, 0o600); err != nil {
+				return err
+			}
+			return os.Truncate(p, 1<<40)
+		}},
+	} {
+		for _, name := range names {
+			p := filepath.Join(secretsDir, name)
+			if err := c.make(p); err != nil {
+				t.Fatal(err)
+			}
+			var err error
+			switch name {
+			case "config.json":
+				_, err = s.Resolve(host("h"))
+			case "credentials":
+				_, err = s.s3(&settings{}).Sources.Profiles()
+			default:
+				_, err = s.ssh(&settings{})
+			}
+			if err == nil || !strings.Contains(err.Error(), p+": "+c.says) {
+				t.Errorf("%s: got %v, want %q", name, err, c.says)
+			}
+			if err := os.Remove(p); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
 // TestSSHAgent: the agent of the secrets, else that of the variable, is reached
 // after its path has gone.
 func TestSSHAgent(t *testing.T) {

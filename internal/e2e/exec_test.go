@@ -32,13 +32,22 @@ func (r result) notFound(t *testing.T) {
 }
 
 // TestExecDuringTheStart holds boot between its first step and the root: it
-// reads the password that is mounted for it, and a FIFO waits for a writer.
+// reads the password that is mounted for it, and whoever opens that file waits
+// for its lease.
 func TestExecDuringTheStart(t *testing.T) {
-	fifo := filepath.Join(t.TempDir(), "fifo")
-	if err := unix.Mkfifo(fifo, 0o600); err != nil {
+	password := filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(password, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	id := start(t, "--volume", fifo+":/run/secrets/bootfs-held-password", w.image, "sleep", "600")
+	lease, err := os.Open(password)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lease.Close()
+	if _, err := unix.FcntlInt(lease.Fd(), unix.F_SETLEASE, unix.F_WRLCK); err != nil {
+		t.Fatal(err)
+	}
+	id := start(t, "--volume", password+":/run/secrets/bootfs-held-password", w.image, "sleep", "600")
 
 	type call struct {
 		args []string
@@ -65,14 +74,9 @@ func TestExecDuringTheStart(t *testing.T) {
 		default:
 		}
 	}
-	release, err := os.OpenFile(fifo, os.O_WRONLY, 0)
-	if err != nil {
+	if _, err := unix.FcntlInt(lease.Fd(), unix.F_SETLEASE, unix.F_UNLCK); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := release.WriteString("x"); err != nil {
-		t.Fatal(err)
-	}
-	release.Close()
 	for _, c := range calls {
 		(<-c.got).want(t, c.want)
 	}
