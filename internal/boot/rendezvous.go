@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"runtime"
 	"time"
 
 	"github.com/moby/sys/capability"
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
@@ -18,6 +20,9 @@ const followTimeout = 60 * time.Second
 
 // acceptPause is how long no follower is answered after one could not be.
 const acceptPause = 50 * time.Millisecond
+
+// dialPause is how long a follower waits before it looks for boot again.
+const dialPause = 10 * time.Millisecond
 
 // errClaimed says that another boot is making the root of this container.
 var errClaimed = errors.New("another boot has this container")
@@ -47,6 +52,40 @@ func meetingAddress(dir string) (*net.UnixAddr, error) {
 		return nil, fmt.Errorf("%s: %w", dir, err)
 	}
 	return &net.UnixAddr{Net: "unix", Name: fmt.Sprintf("@bootfs/%x/%x", st.Dev, st.Ino)}, nil
+}
+
+// execed reports whether the engine started the calling process beside the
+// container's own: its parent is outside the PID namespace, and PID 1 is in the
+// same mount namespace. On a busy machine such a process can get here before
+// the container's own, whose part it must not take: it ends with its program.
+//
+// Where the PID namespace is the host's or another container's this cannot be
+// told, and whoever claims first makes the root.
+func execed() bool {
+	if os.Getpid() == 1 || os.Getppid() != 0 {
+		return false
+	}
+	first, err := rootMount(1)
+	if err != nil {
+		return false
+	}
+	own, err := rootMount(os.Getpid())
+	return err == nil && own == first
+}
+
+// rootMount returns the ID of the mount at / as the process sees it. No two
+// mounts of a machine have the same.
+func rootMount(pid int) (int, error) {
+	mounts, err := mountinfo.PidMountInfo(pid)
+	if err != nil {
+		return 0, err
+	}
+	for _, m := range mounts {
+		if m.Mountpoint == "/" {
+			return m.ID, nil
+		}
+	}
+	return 0, fmt.Errorf("no mount at /")
 }
 
 // claim makes the calling process the boot of the container, or fails with
@@ -103,7 +142,7 @@ func follow(dir string, c *caller) error {
 	if err != nil {
 		return err
 	}
-	conn, err := net.DialUnix("unix", nil, addr)
+	conn, err := dial(addr)
 	if err != nil {
 		return fmt.Errorf("reach the container's boot: %w", err)
 	}
@@ -125,6 +164,17 @@ func follow(dir string, c *caller) error {
 		return err
 	}
 	return execProgram(c.program, c.argv, c.withoutOwnEnv(word[0] == wordS3).env, c.cwd)
+}
+
+// dial connects to the boot of the container, which may not have come to its
+// claim yet.
+func dial(addr *net.UnixAddr) (*net.UnixConn, error) {
+	for deadline := time.Now().Add(followTimeout); ; time.Sleep(dialPause) {
+		conn, err := net.DialUnix("unix", nil, addr)
+		if err == nil || !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
+			return conn, err
+		}
+	}
 }
 
 // sameNamespaceRoot refuses an answer from a process that cannot be this

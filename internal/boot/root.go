@@ -21,7 +21,7 @@ type root struct {
 	masks []mask // what the engine hides and protects below /proc
 }
 
-// makeRoot mounts the root image and a writable layer on it, moves the engine's
+// makeRoot mounts the root image and a writable layer on it, brings the engine's
 // mounts into it and puts it over the present root.
 //
 // The calling process keeps the present root. Every process that the engine
@@ -55,7 +55,7 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 		return nil, fmt.Errorf("%s: %w", bootimage.RootPath, err)
 	}
 	defer unix.Close(top)
-	if err := engine.moveInto(top); err != nil {
+	if err := engine.copyInto(top); err != nil {
 		return nil, err
 	}
 	// The engine made the working directory in the boot image.
@@ -175,7 +175,7 @@ func likeLower(upper string) error {
 // engineMounts is what the engine mounted in the container.
 type engineMounts struct {
 	readOnly bool     // --read-only
-	move     []string // mount points to move, outermost first
+	points   []string // of the mounts on the root, as the engine made them
 	own      []string // bootfs's own volumes, which the app must not see
 	masks    []mask
 }
@@ -213,7 +213,7 @@ func sortMounts(all []*mountinfo.Info) (*engineMounts, error) {
 		case ownMount(m.Mountpoint):
 			e.own = append([]string{m.Mountpoint}, e.own...) // innermost first, for unmounting
 		case m.Parent == rootID && m.ID != rootID:
-			e.move = append(e.move, m.Mountpoint)
+			e.points = append(e.points, m.Mountpoint)
 		}
 		if strings.HasPrefix(m.Mountpoint, "/proc/") {
 			e.masks = append(e.masks, mask{Path: m.Mountpoint, Bind: m.FSType == "proc", Flags: mountFlags(m.Options)})
@@ -243,23 +243,18 @@ func mountFlags(options string) uintptr {
 	return flags
 }
 
-// bootKeeps reports whether boot goes on reading the mount in its own root: its
-// view of processes, and what the resolver follows when the engine connects
-// the container to another network.
-func bootKeeps(mountpoint string) bool {
-	switch mountpoint {
-	case "/proc", "/etc/resolv.conf", "/etc/hosts":
-		return true
-	}
-	return false
-}
-
-// moveInto moves the mounts to the same places below the directory top. A
-// place that the source image lacks is made.
-func (e *engineMounts) moveInto(top int) error {
-	for _, point := range e.move {
-		if err := moveMount(top, point); err != nil {
-			return fmt.Errorf("move the mount at %s into the root: %w", point, err)
+// copyInto puts copies of the mounts to the same places below the directory
+// top. A place that the source image lacks is made.
+//
+// The mounts themselves stay in the engine's root. Boot reads some: its view of
+// processes, and what the resolver follows when the engine connects the
+// container to another network. And a process that the engine brought into the
+// container before the switch keeps that root until its exec: it still needs
+// /dev/null, /proc and the volume that it shall work in.
+func (e *engineMounts) copyInto(top int) error {
+	for _, point := range e.points {
+		if err := copyMount(top, point); err != nil {
+			return fmt.Errorf("bring the mount at %s into the root: %w", point, err)
 		}
 	}
 	// Programs ask this file whether they run in Docker.
@@ -273,12 +268,8 @@ func (e *engineMounts) moveInto(top int) error {
 	return nil
 }
 
-func moveMount(top int, point string) error {
-	flags := uint(unix.OPEN_TREE_CLOEXEC)
-	if bootKeeps(point) {
-		flags |= unix.OPEN_TREE_CLONE | unix.AT_RECURSIVE
-	}
-	from, err := unix.OpenTree(unix.AT_FDCWD, point, flags)
+func copyMount(top int, point string) error {
+	from, err := unix.OpenTree(unix.AT_FDCWD, point, unix.OPEN_TREE_CLOEXEC|unix.OPEN_TREE_CLONE|unix.AT_RECURSIVE)
 	if err != nil {
 		return fmt.Errorf("open_tree: %w", err)
 	}

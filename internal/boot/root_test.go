@@ -104,8 +104,8 @@ func TestSortMounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &engineMounts{
-		move: []string{"/proc", "/dev", "/sys", "/etc/resolv.conf", "/data dir"},
-		own:  []string{"/run/secrets/bootfs-auth", "/.bootfs/rootfs.castr", "/.bootfs/rw"},
+		points: []string{"/proc", "/dev", "/sys", "/etc/resolv.conf", "/data dir"},
+		own:    []string{"/run/secrets/bootfs-auth", "/.bootfs/rootfs.castr", "/.bootfs/rw"},
 		masks: []mask{
 			{Path: "/proc/sys", Bind: true, Flags: unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC},
 			{Path: "/proc/kcore", Flags: unix.MS_NOSUID},

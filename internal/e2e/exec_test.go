@@ -2,9 +2,12 @@ package e2e
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -80,6 +83,37 @@ func TestExecDuringTheStart(t *testing.T) {
 	for _, c := range calls {
 		(<-c.got).want(t, c.want)
 	}
+}
+
+// TestExecsAroundTheSwitch sends execs without a pause while containers start.
+// Many mounts make the switch of the root last.
+func TestExecsAroundTheSwitch(t *testing.T) {
+	const starts, callers, mounts = 3, 4, 60
+	dir := t.TempDir()
+	args := []string{"--env", "BOOTFS_PREFETCH=none", "--workdir", "/work/0"}
+	for i := range mounts {
+		args = append(args, "--volume", fmt.Sprintf("%s:/work/%d", dir, i))
+	}
+	calls := 0
+	for range starts {
+		id := start(t, append(args, w.image, "sleep", "600")...)
+		var group sync.WaitGroup
+		results := make([][]result, callers)
+		for i := range results {
+			group.Go(func() {
+				for range 8 {
+					results[i] = append(results[i], docker(t, "exec", id, "sh", "-c", "pwd; readlink /proc/self/exe"))
+				}
+			})
+		}
+		group.Wait()
+		for _, r := range slices.Concat(results...) {
+			r.want(t, "/work/0\n/usr/bin/readlink\n")
+			calls++
+		}
+		docker(t, "kill", id)
+	}
+	t.Logf("%d execs", calls)
 }
 
 func TestSignalsReachTheApp(t *testing.T) {
