@@ -15,6 +15,7 @@ umoci            umoci
 casync           casync
 sshd             openssh-server
 nginx            nginx
+busybox          busybox-static
 fsck.erofs       erofs-utils
 mmdebstrap       mmdebstrap
 zstd             zstd

@@ -36,7 +36,7 @@ import (
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
-var update = flag.Bool("update", false, "write docs/failure.md anew instead of comparing with it")
+var update = flag.Bool("update", false, "write docs/failure.md and docs/fidelity.md anew instead of comparing with them")
 
 const failurePage = "../../docs/failure.md"
 

@@ -1,0 +1,4 @@
+package e2e
+
+// lifeRows are what happens to a container after it has started.
+var lifeRows = []row{}
