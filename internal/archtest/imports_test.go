@@ -21,7 +21,7 @@ var levels = [][]string{
 	{"chunker", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/httpio", "internal/scratch"},
 	{"index", "internal/hosts", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
 	{"chunkstore", "internal/convcache", "internal/rootimage", "internal/lazy", "mount"},
-	{"chunkstore/httpstore", "chunkstore/local", "chunkstore/s3store", "chunkstore/sshstore", "registrystore"},
+	{"chunkstore/httpstore", "chunkstore/local", "chunkstore/s3store", "chunkstore/sshstore", "registrystore", "internal/fill"},
 	{"internal/stores", "internal/transport"},
 	{"internal/assembly"},
 	{"internal/converted"},
