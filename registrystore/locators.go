@@ -187,6 +187,34 @@ func (l *Locators) StartSet() iter.Seq[int] {
 	}
 }
 
+// PackOrder yields the positions of the chunks in packs, pack after pack and
+// each from front to back. It looks at every chunk once and passes over damaged
+// rows, which fail when they are read.
+func (l *Locators) PackOrder() iter.Seq[int] {
+	return func(yield func(int) bool) {
+		var order []uint32
+		for pos := range l.index.Len() {
+			if at, err := l.At(pos); err == nil && at.Length > 0 {
+				order = append(order, uint32(pos))
+			}
+		}
+		place := func(pos uint32) (pack, offset uint32) {
+			row := l.chunks[int(pos)*locationSize:]
+			return binary.LittleEndian.Uint32(row), binary.LittleEndian.Uint32(row[4:])
+		}
+		slices.SortFunc(order, func(a, b uint32) int {
+			packA, offA := place(a)
+			packB, offB := place(b)
+			return cmp.Or(cmp.Compare(packA, packB), cmp.Compare(offA, offB), cmp.Compare(a, b))
+		})
+		for _, pos := range order {
+			if !yield(int(pos)) {
+				return
+			}
+		}
+	}
+}
+
 // Verify checks every row: for tools and tests.
 func (l *Locators) Verify() error {
 	for i := range l.Packs() {

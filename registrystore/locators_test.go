@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 
@@ -99,6 +100,26 @@ func TestLocators(t *testing.T) {
 	}
 	for range l.StartSet() {
 		break // an early end
+	}
+	for range l.PackOrder() {
+		break
+	}
+}
+
+// TestPackOrder has packs whose chunks stand in the index in another order.
+func TestPackOrder(t *testing.T) {
+	x := newIndex(t, 100, 1, 2, 1, 3, 4, 5)
+	packs := []PackDescriptor{{digestOf(10), 60, true}, {digestOf(11), 90, false}}
+	file, err := EncodeLocators(x, packs, []Location{{1, 40, 7}, {0, 10, 50}, {1, 40, 7}, {}, {1, 2, 30}, {0, 0, 10}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := OpenLocators(file, x)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := slices.Collect(l.PackOrder()), []int{5, 1, 4, 0, 2}; !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }
 
