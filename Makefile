@@ -43,8 +43,8 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 	FUZZTIME=$(FUZZTIME) scripts/fuzz.sh $(PKG)
 
 .PHONY: soak
-soak: deps build-host ## the tests SOAK (20) times over, in changing order (root)
-	go test -count=$(SOAK) -shuffle=on -timeout 0 $(PKG)
+soak: deps build-host ## the tests in their long form, SOAK (20) times over, in changing order (root)
+	BOOTFS_IMAGES=all go test -count=$(SOAK) -shuffle=on -timeout 0 $(PKG)
 
 .PHONY: race
 race: deps build-host ## the tests under the race detector (root, needs a C compiler)

@@ -84,7 +84,7 @@ func (c *Cache) pythonImage(ctx context.Context, name string, packages []string,
 	if err != nil {
 		return "", err
 	}
-	testapp, err := c.testapp(ctx, "linux/"+runtime.GOARCH)
+	testapp, err := c.compile(ctx, "testapp", "linux/"+runtime.GOARCH)
 	if err != nil {
 		return "", err
 	}
@@ -127,7 +127,7 @@ func (c *Cache) ScratchImage(ctx context.Context, platforms ...string) (string, 
 	}
 	var images []imageSource
 	for _, p := range platforms {
-		testapp, err := c.testapp(ctx, p)
+		testapp, err := c.compile(ctx, "testapp", p)
 		if err != nil {
 			return "", err
 		}
@@ -365,20 +365,21 @@ func writeAppLayer(w io.Writer, root string, program, testapp []byte) error {
 	)(w)
 }
 
-// testapp returns the static program of package testapp for a platform.
-func (c *Cache) testapp(ctx context.Context, platform string) ([]byte, error) {
+// compile returns the static program of a package below this one, for a
+// platform.
+func (c *Cache) compile(ctx context.Context, pkg, platform string) ([]byte, error) {
 	p, err := v1.ParsePlatform(platform)
 	if err != nil {
 		return nil, err
 	}
-	tmp, err := os.MkdirTemp("", "bootfs-testapp-")
+	tmp, err := os.MkdirTemp("", "bootfs-"+pkg+"-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(tmp)
-	bin := filepath.Join(tmp, "testapp")
+	bin := filepath.Join(tmp, pkg)
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w",
-		"-o", bin, "github.com/container-bootfs/bootfs/internal/testenv/testapp")
+		"-o", bin, "github.com/container-bootfs/bootfs/internal/testenv/"+pkg)
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS="+p.OS, "GOARCH="+p.Architecture)
 	if p.Architecture == "arm" {
 		cmd.Env = append(cmd.Env, "GOARM="+strings.TrimPrefix(p.Variant, "v"))

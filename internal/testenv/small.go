@@ -54,7 +54,7 @@ func (c *Cache) SmallImage(ctx context.Context, name string, config v1.Config) (
 	if err != nil {
 		return "", err
 	}
-	testapp, err := c.testapp(ctx, "linux/"+runtime.GOARCH)
+	testapp, err := c.compile(ctx, "testapp", "linux/"+runtime.GOARCH)
 	if err != nil {
 		return "", err
 	}
