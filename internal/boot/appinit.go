@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -154,9 +155,18 @@ func dropSysAdmin() error {
 
 // becomeUser gives the process the IDs for good. Leaving root clears the
 // permitted and effective capabilities, as the engine does for a user.
+//
+// They are mostly the real IDs, and so may be taken by a container without
+// CAP_SETUID and CAP_SETGID.
 func becomeUser(uid, gid int, groups []int) error {
-	if err := syscall.Setgroups(groups); err != nil {
-		return whichCapability(fmt.Errorf("set the supplementary groups: %w", err), capability.CAP_SETGID)
+	present, err := syscall.Getgroups()
+	if err != nil {
+		return fmt.Errorf("read the supplementary groups: %w", err)
+	}
+	if !slices.Equal(present, groups) {
+		if err := syscall.Setgroups(groups); err != nil {
+			return whichCapability(fmt.Errorf("set the supplementary groups: %w", err), capability.CAP_SETGID)
+		}
 	}
 	if err := syscall.Setresgid(gid, gid, gid); err != nil {
 		return fmt.Errorf("become group %d: %w", gid, err)

@@ -1,16 +1,20 @@
 // Package boot is PID 1 of a converted container: it mounts the root
 // filesystem that the boot image describes, moves what the engine mounted into
-// it, and runs the program that the engine asked for inside.
+// it, and runs the program that the engine asked for inside. Where a container
+// may not mount, it writes that filesystem into the container's own root and
+// becomes the program.
 //
 // The order of a start is the order of the files' use:
 //
 //	caller.go      who asked for which program
 //	rendezvous.go  is this the boot of the container, or a later exec
+//	mode.go        is the root mounted or filled, and what is missing for it
 //	content.go     index, locators, metadata, stores: mapped, no network
 //	root.go        FUSE, writable layer, the engine's mounts, the switch
 //	app.go         the program in its own PID and mount namespaces
 //	appinit.go     the last steps inside those namespaces, before its exec
 //	serve.go       signals, reaping, prefetch, the exit status
+//	fill.go        without FUSE: the root in place, then the program in its stead
 //
 // Boot itself stays in the root that the engine gave it, hidden below the new
 // one: its own path lookups (resolver, certificates, credentials) then never
@@ -59,13 +63,17 @@ func Main() int {
 		return reportToBoot(appInit())
 	}
 	ownMemorySettings()
-	log, flush := newLogger(os.Stderr, os.Getenv("BOOTFS_LOG"))
-	defer flush()
-	status, err := run(log)
+	level, err := logLevel(os.Getenv("BOOTFS_LOG"))
+	out := newConsole(os.Stderr, level)
+	defer out.flush()
+	status := 0
+	if err == nil {
+		status, err = run(out)
+	}
 	if err == nil {
 		return status
 	}
-	log.Error(err.Error())
+	out.log.Error(err.Error())
 	if e := (*exitError)(nil); errors.As(err, &e) {
 		return e.status
 	}
@@ -79,54 +87,109 @@ func ownMemorySettings() {
 	debug.SetMemoryLimit(memoryGoal)
 }
 
-func run(log *logger) (int, error) {
+func run(out *console) (int, error) {
 	c, err := currentCaller()
 	if err != nil {
 		return 0, err
 	}
-	if unix.Geteuid() != 0 {
-		return 0, fmt.Errorf("boot runs as uid %d and its setuid bit has no effect: start the container as root, or without --security-opt no-new-privileges", unix.Geteuid())
-	}
-	if execed() {
-		return 0, follow(bootimage.Dir, c)
-	}
-	meeting, err := claim(bootimage.Dir)
-	if errors.Is(err, errClaimed) {
-		return 0, follow(bootimage.Dir, c)
-	}
+	config, err := readConfig(bootimage.ConfigPath)
 	if err != nil {
 		return 0, err
 	}
-	return lead(c, meeting, log)
+	for deadline := time.Now().Add(followTimeout); ; time.Sleep(dialPause) {
+		if isFilled(config) {
+			return 0, becomeProgram(c, config, out)
+		}
+		if unix.Geteuid() != 0 {
+			return 0, fmt.Errorf("boot makes the root as root, and is uid %d, as no-new-privileges takes the effect of its setuid bit: leave --security-opt no-new-privileges out of docker run, or add --user root", unix.Geteuid())
+		}
+		err := errClaimed
+		if !execed() {
+			var meeting *meeting
+			if meeting, err = claim(bootimage.Dir); err == nil {
+				if isFilled(config) {
+					// The boot that was here became the program after we looked.
+					meeting.leave()
+					continue
+				}
+				return lead(c, config, meeting, out)
+			}
+		}
+		if !errors.Is(err, errClaimed) {
+			return 0, err
+		}
+		switch word, err := await(bootimage.Dir); {
+		case err == nil && word == wordFilled:
+		case err == nil:
+			return 0, follow(c, word == wordS3)
+		case errors.Is(err, errNoBoot) && (isFilled(config) || time.Now().Before(deadline)):
+			// It has not come to its claim yet, or is the program by now.
+		default:
+			return 0, err
+		}
+	}
 }
 
-// lead makes the root, runs the app in it and returns the app's exit status.
-func lead(c *caller, meeting *meeting, log *logger) (int, error) {
+// lead makes the root and runs the app in it. It returns the app's exit status,
+// unless it becomes the app itself.
+func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (int, error) {
 	// Nobody but root may look at a process that holds credentials.
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return 0, fmt.Errorf("make boot undumpable: %w", err)
 	}
 	signals := catchSignals()
-	settings, err := readSettings(c.env)
+	settings, err := readSettings(c.ownEnv())
 	if err != nil {
 		return 0, err
 	}
-	content, err := openContent(settings, log)
+	m, why, err := choose(settings, config)
 	if err != nil {
 		return 0, err
 	}
-	root, err := makeRoot(content, c.cwd, log)
+	content, err := openContent(config, settings, out.log)
 	if err != nil {
 		return 0, err
 	}
+	if m == modeFuse {
+		status, err := leadMounted(c, settings, content, meeting, signals, out)
+		var refused *refusedError
+		if !errors.As(err, &refused) {
+			return status, err
+		}
+		noFill := fillRefusal(settings, config)
+		if settings.mode == modeFuse || noFill != nil {
+			return 0, errors.Join(err, noFill)
+		}
+		_ = content.fetcher.Close() // it has fetched nothing
+		why = "mounting it was refused: " + refused.Error()
+	}
+	if why != "" {
+		out.log.Warn("the root is filled in place: " + why)
+	}
+	return leadFilled(c, content, meeting, signals, out)
+}
+
+// leadMounted mounts the root and runs the app in it. A refusedError means that
+// nothing has changed.
+func leadMounted(c *caller, settings *settings, content *content, meeting *meeting, signals <-chan os.Signal, out *console) (int, error) {
+	content.openFetcher(true)
+	root, err := makeRoot(content, c.cwd, out.log)
+	if err != nil {
+		return 0, err
+	}
+	out.log.Info("the root is mounted, its chunks come as they are read")
 	// From here on the network is used. The app's own exec is its first reader.
 	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
-	prefetch := startPrefetch(content, settings, log)
-	app, err := startApp(c.withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin)
+	prefetch := startPrefetch(content, settings, out.log)
+	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin)
 	if err != nil {
 		return 0, err
 	}
-	meeting.ready(content.s3Variables)
+	word := byte(wordReady)
+	if content.s3Variables {
+		word = wordS3
+	}
+	meeting.ready(word)
 	status := serve(app, signals)
 	prefetch.stop()
 	content.close()

@@ -51,13 +51,33 @@ func currentCaller() (*caller, error) {
 	if err != nil {
 		return nil, err
 	}
+	return c, nil
+}
+
+// underInit returns the caller with the engine's init before its program, if
+// boot was started by one.
+func (c *caller) underInit() *caller {
+	app := *c
 	if os.Getppid() == 1 {
 		// An error leaves the app without an init, as a boot that is PID 1 does.
 		if first, err := readStrings("/proc/1/cmdline"); err == nil {
-			c.withInit(first, os.Args)
+			app.withInit(first, os.Args)
 		}
 	}
-	return c, nil
+	return &app
+}
+
+// ownEnv returns the variables that boot itself may heed. Not those of a user's
+// process that ran a link to boot in a root that was half filled when its boot
+// was killed: with them it could have files read and sent that are root's.
+func (c *caller) ownEnv() []string {
+	if c.uid == 0 || os.Getppid() == 0 || c.underInit().program != c.program {
+		return c.env
+	}
+	if _, err := os.Lstat(bootimage.FillDir); err != nil {
+		return c.env
+	}
+	return nil
 }
 
 // readStrings reads a file of strings that each end with a zero byte.

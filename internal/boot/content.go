@@ -36,6 +36,7 @@ type content struct {
 	index       *index.Index
 	locators    *registrystore.Locators // nil where the chunks lie in loose stores
 	meta        []byte
+	upstream    []chunkstore.Store
 	fetcher     *chunkstore.Fetcher
 	image       *lazy.Image
 	server      *mount.Server
@@ -44,12 +45,8 @@ type content struct {
 	log         *logger
 }
 
-func openContent(s *settings, log *logger) (*content, error) {
-	c := &content{log: log}
-	var err error
-	if c.config, err = readConfig(bootimage.ConfigPath); err != nil {
-		return nil, err
-	}
+func openContent(config *bootimage.Config, s *settings, log *logger) (*content, error) {
+	c := &content{config: config, log: log}
 	rawIndex, err := mapFile(bootimage.IndexPath)
 	if err != nil {
 		return nil, err
@@ -70,21 +67,23 @@ func openContent(s *settings, log *logger) (*content, error) {
 			return nil, fmt.Errorf("%s: %w", bootimage.LocatorsPath, err)
 		}
 	}
-	upstream, err := c.openStores(s)
+	c.upstream, err = c.openStores(s)
+	return c, err
+}
+
+// openFetcher opens the way to the chunks: through the node cache, where there
+// is one, otherwise through a cache of the container's own, if it may be.
+func (c *content) openFetcher(ownCache bool) {
+	cache, err := c.openCache(ownCache)
 	if err != nil {
-		return nil, err
+		c.log.Warn("no cache: " + err.Error())
 	}
-	cache, err := c.openCache()
-	if err != nil {
-		log.Warn("no cache: " + err.Error())
-	}
-	o := chunkstore.FetcherOptions{Digest: c.index.Digest(), Stores: upstream, Log: log}
+	o := chunkstore.FetcherOptions{Digest: c.index.Digest(), Stores: c.upstream, Log: c.log}
 	if cache != nil {
 		o.Cache = cache
 	}
 	c.fetcher = chunkstore.NewFetcher(o)
 	c.image = lazy.New(c.index, c.fetcher, lazy.Options{})
-	return c, nil
 }
 
 func readConfig(path string) (*bootimage.Config, error) {
@@ -179,9 +178,10 @@ func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 	return list, nil
 }
 
-// openCache opens the node cache where one is mounted, else a bounded cache of
-// the container's own in its volume. It returns nil where there is neither.
-func (c *content) openCache() (chunkstore.Writer, error) {
+// openCache opens the node cache where one is mounted, else, if it may, a bounded
+// cache of the container's own in its volume. It returns nil where there is
+// neither.
+func (c *content) openCache(own bool) (chunkstore.Writer, error) {
 	shared, err := mountinfo.Mounted(bootimage.CachePath)
 	if err != nil {
 		return nil, err
@@ -189,6 +189,9 @@ func (c *content) openCache() (chunkstore.Writer, error) {
 	if shared {
 		c.sharedCache = true
 		return local.Create(bootimage.CachePath)
+	}
+	if !own {
+		return nil, nil
 	}
 	private, err := mountinfo.Mounted(bootimage.WritablePath)
 	if err != nil || !private {
@@ -279,7 +282,11 @@ func resolvers(path string) []string {
 // kernel, which now kills what else runs in the container, must find nobody
 // waiting for a server that has left.
 func (c *content) close() {
-	if err := errors.Join(c.fetcher.Close(), c.server.Close()); err != nil {
+	err := c.fetcher.Close()
+	if c.server != nil {
+		err = errors.Join(err, c.server.Close())
+	}
+	if err != nil {
 		c.log.Info("while ending: " + err.Error())
 	}
 }

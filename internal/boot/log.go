@@ -5,8 +5,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // logger is what boot says about itself. It shares stderr with the app, so each
@@ -15,59 +18,102 @@ type logger = slog.Logger
 
 const (
 	maxQueued = 256         // lines that wait for stderr; what is more is dropped
-	flushWait = time.Second // for them to be written, at the end
+	flushWait = time.Second // for them to be written
 )
 
-// newLogger returns a logger at the level that BOOTFS_LOG names: quiet (errors
-// only), info, debug; otherwise warnings and errors. flush writes what is left;
-// what is logged after it is lost.
+// console is where boot speaks.
 //
-// Nobody waits for w: stderr is a pipe or a terminal that may stand still for
-// ever, and the reads of the container must not.
-func newLogger(w io.Writer, level string) (log *logger, flush func()) {
-	l := slog.LevelWarn
-	switch level {
+// Nobody waits for its reader: stderr is a pipe or a terminal that may stand
+// still for ever, and the reads of the container must not.
+type console struct {
+	log      *logger
+	level    slog.Level
+	terminal bool // lines can be rewritten in place
+	queue    chan utterance
+}
+
+// utterance is what is written at once.
+type utterance struct {
+	text     string
+	progress bool          // it stands until the next one takes its place
+	flushed  chan struct{} // closed where it is this one's turn; may be nil
+}
+
+// logLevel is the level that BOOTFS_LOG names: by default warnings and errors.
+func logLevel(name string) (slog.Level, error) {
+	switch name {
 	case "quiet":
-		l = slog.LevelError
+		return slog.LevelError, nil
 	case "info":
-		l = slog.LevelInfo
+		return slog.LevelInfo, nil
 	case "debug":
-		l = slog.LevelDebug
+		return slog.LevelDebug, nil
+	case "":
+		return slog.LevelWarn, nil
 	}
-	h := &lineHandler{lines: make(chan string, maxQueued), level: l}
+	return slog.LevelWarn, fmt.Errorf("BOOTFS_LOG=%q: want quiet, info or debug", name)
+}
+
+func newConsole(w io.Writer, level slog.Level) *console {
+	c := &console{level: level, queue: make(chan utterance, maxQueued)}
+	if f, ok := w.(*os.File); ok {
+		_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
+		c.terminal = err == nil
+	}
+	c.log = slog.New(&lineHandler{console: c})
+	go c.write(w)
+	return c
+}
+
+// eraseLine takes the cursor back and the line off the terminal.
+const eraseLine = "\r\x1b[K"
+
+func (c *console) write(w io.Writer) {
+	stands := false // a line of progress on the terminal
+	for u := range c.queue {
+		if stands && u.text != "" {
+			u.text = eraseLine + u.text
+		}
+		if u.text != "" {
+			stands = u.progress
+			_, _ = io.WriteString(w, u.text)
+		}
+		if u.flushed != nil {
+			close(u.flushed)
+		}
+	}
+}
+
+// say queues a line, unless too many wait.
+func (c *console) say(u utterance) {
+	select {
+	case c.queue <- u:
+	default:
+	}
+}
+
+// flush waits a moment for what was said to be written.
+func (c *console) flush() {
 	flushed := make(chan struct{})
-	stop := make(chan struct{})
-	go func() {
-		defer close(flushed)
-		for {
-			select {
-			case line := <-h.lines:
-				_, _ = io.WriteString(w, line)
-			case <-stop:
-				for len(h.lines) > 0 {
-					_, _ = io.WriteString(w, <-h.lines)
-				}
-				return
-			}
-		}
-	}()
-	return slog.New(h), func() {
-		close(stop)
-		select {
-		case <-flushed:
-		case <-time.After(flushWait):
-		}
+	late := time.After(flushWait)
+	select {
+	case c.queue <- utterance{flushed: flushed}:
+	case <-late:
+		return
+	}
+	select {
+	case <-flushed:
+	case <-late:
 	}
 }
 
 // lineHandler writes "bootfs: message key=value" lines.
 type lineHandler struct {
-	lines chan string
-	level slog.Level
-	attrs string
+	console *console
+	attrs   string
 }
 
-func (h *lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.level }
+func (h *lineHandler) Enabled(_ context.Context, l slog.Level) bool { return l >= h.console.level }
 
 func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 	var b strings.Builder
@@ -79,10 +125,7 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 		return true
 	})
 	b.WriteByte('\n')
-	select {
-	case h.lines <- b.String():
-	default:
-	}
+	h.console.say(utterance{text: b.String()})
 	return nil
 }
 

@@ -2,6 +2,7 @@ package boot
 
 import (
 	"io"
+	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -14,11 +15,15 @@ func TestLogger(t *testing.T) {
 		{"info", "bootfs: i\nbootfs: w chunk=1 err=\"a b\"\nbootfs: e\n"},
 	} {
 		var out strings.Builder
-		log, flush := newLogger(&out, c.level)
-		log.Info("i")
-		log.With("chunk", 1).Warn("w", "err", "a b")
-		log.Error("e")
-		flush()
+		level, err := logLevel(c.level)
+		if err != nil {
+			t.Fatal(err)
+		}
+		console := newConsole(&out, level)
+		console.log.Info("i")
+		console.log.With("chunk", 1).Warn("w", "err", "a b")
+		console.log.Error("e")
+		console.flush()
 		if out.String() != c.want {
 			t.Errorf("level %q: got %q, want %q", c.level, out.String(), c.want)
 		}
@@ -29,13 +34,13 @@ func TestLogger(t *testing.T) {
 func TestLoggerNeverWaits(t *testing.T) {
 	still, w := io.Pipe()
 	defer still.Close()
-	log, flush := newLogger(w, "")
+	console := newConsole(w, slog.LevelWarn)
 	done := make(chan struct{})
 	go func() {
 		for range 2 * maxQueued {
-			log.Error("a line")
+			console.log.Error("a line")
 		}
-		flush()
+		console.flush()
 		close(done)
 	}()
 	select {

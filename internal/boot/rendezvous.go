@@ -14,18 +14,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// followTimeout bounds how long an exec waits for a start that makes no
-// progress.
-const followTimeout = 60 * time.Second
+// followTimeout bounds how long an exec waits for a boot that says nothing;
+// patienceEvery is how often one that is at work asks for patience.
+const (
+	followTimeout = 60 * time.Second
+	patienceEvery = 10 * time.Second
+)
 
 // acceptPause is how long no follower is answered after one could not be.
 const acceptPause = 50 * time.Millisecond
 
-// dialPause is how long a follower waits before it looks for boot again.
+// dialPause is how long a follower waits before it looks for the boot again.
 const dialPause = 10 * time.Millisecond
 
 // errClaimed says that another boot is making the root of this container.
 var errClaimed = errors.New("another boot has this container")
+
+// errNoBoot says that there is none: not yet, or no longer.
+var errNoBoot = errors.New("the container's boot is not there")
 
 // A meeting is where the boot of a container and the processes that the engine
 // starts beside it find each other: an exec or a health check that arrives
@@ -42,8 +48,10 @@ type meeting struct {
 }
 
 const (
-	wordReady = 1
-	wordS3    = 2 // ready, and the variables with credentials for S3 are boot's own
+	wordReady  = 1
+	wordS3     = 2 // ready, and the variables with credentials for S3 are boot's own
+	wordWait   = 3 // not yet
+	wordFilled = 4 // the root was filled in place
 )
 
 func meetingAddress(dir string) (*net.UnixAddr, error) {
@@ -112,6 +120,9 @@ func claim(dir string) (*meeting, error) {
 func (m *meeting) answer() {
 	for {
 		conn, err := m.listener.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
 		if err != nil {
 			// Descriptors can run out, as any neighbour on the network may connect.
 			// A follower would wait for nothing if that ended the answers.
@@ -120,42 +131,67 @@ func (m *meeting) answer() {
 		}
 		go func() {
 			defer conn.Close()
-			<-m.stands
-			_, _ = conn.Write([]byte{m.word})
+			patience := time.NewTicker(patienceEvery)
+			defer patience.Stop()
+			for {
+				select {
+				case <-m.stands:
+					_, _ = conn.Write([]byte{m.word})
+					return
+				case <-patience.C:
+					if _, err := conn.Write([]byte{wordWait}); err != nil {
+						return
+					}
+				}
+			}
 		}()
 	}
 }
 
-// ready lets the followers go. s3 says that the variables with credentials for
-// S3 are boot's own.
-func (m *meeting) ready(s3 bool) {
-	if s3 {
-		m.word = wordS3
-	}
+// leave gives the container up to another boot.
+func (m *meeting) leave() { m.listener.Close() }
+
+// ready lets the followers go with word.
+func (m *meeting) ready(word byte) {
+	m.word = word
 	close(m.stands)
 }
 
-// follow waits until the boot of the container has made the root, enters it and
-// becomes c's program there. It returns only on failure.
-func follow(dir string, c *caller) error {
+// await waits at the meeting in dir for the word of the container's boot. It
+// returns errNoBoot where there is none.
+func await(dir string) (word byte, err error) {
 	addr, err := meetingAddress(dir)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	conn, err := dial(addr)
+	conn, err := net.DialUnix("unix", nil, addr)
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return 0, errNoBoot
+	}
 	if err != nil {
-		return fmt.Errorf("reach the container's boot: %w", err)
+		return 0, fmt.Errorf("reach the container's boot: %w", err)
 	}
+	defer conn.Close()
 	if err := sameNamespaceRoot(conn); err != nil {
-		return err
+		return 0, err
 	}
-	_ = conn.SetReadDeadline(time.Now().Add(followTimeout))
-	word := make([]byte, 1)
-	if _, err := io.ReadFull(conn, word); err != nil {
-		return fmt.Errorf("wait for the container's root: boot ended or took more than %s: %w", followTimeout, err)
+	for {
+		_ = conn.SetReadDeadline(time.Now().Add(followTimeout))
+		var b [1]byte
+		switch _, err := io.ReadFull(conn, b[:]); {
+		case errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET):
+			return 0, errNoBoot
+		case err != nil:
+			return 0, fmt.Errorf("wait %s for the container's root: %w", followTimeout, err)
+		case b[0] != wordWait:
+			return b[0], nil
+		}
 	}
-	conn.Close()
+}
 
+// follow enters the root that the boot of the container has mounted and becomes
+// c's program there. It returns only on failure.
+func follow(c *caller, s3 bool) error {
 	runtime.LockOSThread()
 	if err := enterRoot(); err != nil {
 		return err
@@ -163,18 +199,7 @@ func follow(dir string, c *caller) error {
 	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
 		return err
 	}
-	return execProgram(c.program, c.argv, c.withoutOwnEnv(word[0] == wordS3).env, c.cwd)
-}
-
-// dial connects to the boot of the container, which may not have come to its
-// claim yet.
-func dial(addr *net.UnixAddr) (*net.UnixConn, error) {
-	for deadline := time.Now().Add(followTimeout); ; time.Sleep(dialPause) {
-		conn, err := net.DialUnix("unix", nil, addr)
-		if err == nil || !errors.Is(err, unix.ECONNREFUSED) || time.Now().After(deadline) {
-			return conn, err
-		}
-	}
+	return execProgram(c.program, c.argv, c.withoutOwnEnv(s3).env, c.cwd)
 }
 
 // sameNamespaceRoot refuses an answer from a process that cannot be this

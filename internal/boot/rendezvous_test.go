@@ -45,7 +45,7 @@ func TestMeetingOutlivesAFlood(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	m.ready(true)
+	m.ready(wordS3)
 	if err := unix.SetsockoptTimeval(follower, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
 		t.Fatal(err)
 	}

@@ -41,7 +41,7 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 		return nil, whyNoMount(err)
 	}
 	if err := mountWritable(c.config.IndexDigest, engine.readOnly, log); err != nil {
-		return nil, whyNoMount(err)
+		return nil, whyNoMount(errors.Join(err, c.server.Close()))
 	}
 	// The overlay holds its layers by itself, and the cache is held by
 	// descriptor: detached, they have no path in any namespace made from here.
@@ -107,12 +107,11 @@ func claimUpper(rootName string, log *logger) (string, error) {
 	if st.Type == unix.OVERLAYFS_SUPER_MAGIC {
 		return "", fmt.Errorf("no volume is mounted at %s", volume)
 	}
-	name := "root-" + strings.TrimPrefix(rootName, "sha256:")[:32]
 	others, err := filepath.Glob(filepath.Join(volume, "root-*"))
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(volume, name)
+	dir := upperDir(rootName)
 	if err := os.Mkdir(dir, 0o700); err == nil {
 		if len(others) > 0 {
 			log.Warn("the writable layer of another version of this image stays aside in its volume; this version starts with a fresh one")
@@ -130,6 +129,12 @@ func claimUpper(rootName string, log *logger) (string, error) {
 		return "", fmt.Errorf("another container uses the volume at %s: %w", volume, err)
 	}
 	return dir, nil
+}
+
+// upperDir is the directory of the volume for the writable layer of the named
+// root.
+func upperDir(rootName string) string {
+	return filepath.Join(bootimage.WritablePath, "root-"+strings.TrimPrefix(rootName, "sha256:")[:32])
 }
 
 func overlayOnTmpfs(options string) error {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -11,9 +12,15 @@ import (
 
 // catchSignals takes over every signal that can be, before anything can arrive
 // for the app.
+//
+// Those that the engine lets ignore stay so, for the app as well.
 func catchSignals() <-chan os.Signal {
+	ignored := slices.DeleteFunc([]os.Signal{unix.SIGHUP, unix.SIGINT}, func(s os.Signal) bool { return !signal.Ignored(s) })
 	c := make(chan os.Signal, 64)
 	signal.Notify(c)
+	if len(ignored) > 0 {
+		signal.Ignore(ignored...)
+	}
 	return c
 }
 

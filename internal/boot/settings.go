@@ -22,6 +22,7 @@ type settings struct {
 	stores       []string // BLOB_STORE: tried before the image's own
 	mirrors      string   // BOOTFS_MIRRORS: asked before the registries that they stand for
 	insecure     []string // BOOTFS_INSECURE: hosts without TLS or a valid certificate
+	mode         mode     // BOOTFS_MODE
 	prefetch     prefetchMode
 	keepSysAdmin bool   // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
 	sshPassword  string // DROPBEAR_PASSWORD, as container-bootfs named it
@@ -41,6 +42,13 @@ func readSettings(env []string) (*settings, error) {
 			s.mirrors = value
 		case "BOOTFS_INSECURE":
 			s.insecure = words(value)
+		case "BOOTFS_MODE":
+			modes := map[string]mode{"": modeAuto, "auto": modeAuto, "fuse": modeFuse, "fill": modeFill}
+			mode, ok := modes[value]
+			if !ok {
+				return nil, fmt.Errorf("BOOTFS_MODE=%q: want auto, fuse or fill", value)
+			}
+			s.mode = mode
 		case "BOOTFS_PREFETCH":
 			modes := map[string]prefetchMode{"": prefetchAuto, "none": prefetchNone, "start": prefetchStart, "all": prefetchAll}
 			mode, ok := modes[value]

@@ -15,6 +15,8 @@ const (
 	LowerPath     = Dir + "/lower"        // mount point of the root image
 	RootPath      = Dir + "/root"         // mount point of the writable root, before it becomes /
 	TmpPath       = Dir + "/tmp"          // mount point of a tmpfs, where the volume cannot serve
+	FillDir       = Dir + "/fill"         // state of a fill in place, while it is not complete
+	FilledPath    = Dir + "/filled"       // names the index by which the root was filled; absent until it is complete
 	CertsDir      = Dir + "/certs.d"      // how registries and web servers are reached, as containerd and docker have it
 	SecretsDir    = Dir + "/secrets"      // credentials that are bootfs's own
 	SecretsPrefix = "/run/secrets/bootfs" // the same, as Docker mounts secrets

@@ -276,11 +276,12 @@ func TestPlainRefusals(t *testing.T) {
 		{"no other capability", []string{"--device", "/dev/fuse", "--cap-drop", "ALL", "--cap-add", "SYS_ADMIN"}, "--cap-add CHOWN --cap-add DAC_OVERRIDE"},
 		{"no capability to enter the root", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--cap-drop", "SYS_CHROOT"}, "--cap-add SYS_CHROOT"},
 		{"no capability to drop one", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--cap-drop", "SETPCAP"}, "--cap-add SETPCAP"},
-		{"no capability to set groups", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--cap-drop", "SETGID"}, "--cap-add SETGID"},
+		{"an unknown mode", []string{"--env", "BOOTFS_MODE=fast"}, "want auto, fuse or fill"},
+		{"an unknown level", []string{"--env", "BOOTFS_LOG=loud"}, "want quiet, info or debug"},
 		{"an unknown setting", []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--env", "BOOTFS_PREFETCH=sometimes"}, "BOOTFS_PREFETCH"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			r := docker(t, append(append([]string{"run", "--rm", "--network", "none", "--env", "BOOTFS_PREFETCH=none"}, c.args...), w.image, "true")...)
+			r := docker(t, append(append([]string{"run", "--rm", "--network", "none", "--env", "BOOTFS_MODE=fuse", "--env", "BOOTFS_PREFETCH=none"}, c.args...), w.image, "true")...)
 			if r.code != 125 || !strings.Contains(r.stderr, c.says) || strings.Count(r.stderr, "\n") != 1 {
 				t.Errorf("exit %d, stderr %q; want exit 125 and one line with %q", r.code, r.stderr, c.says)
 			}

@@ -128,6 +128,21 @@ func (w *world) command(args ...string) *exec.Cmd {
 // registry.
 var flags = []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--network", "host"}
 
+// fillFlags are those of a container that fills its root in place: it needs
+// neither device nor capability. Quiet, as a fill of more than 2 s says so.
+var fillFlags = []string{"--network", "host", "--env", "BOOTFS_MODE=fill", "--env", "BOOTFS_LOG=quiet"}
+
+// runFilled and startFilled are run and start in that mode.
+func runFilled(t *testing.T, args ...string) result {
+	t.Helper()
+	return docker(t, append(append([]string{"run", "--rm"}, fillFlags...), args...)...)
+}
+
+func startFilled(t *testing.T, args ...string) string {
+	t.Helper()
+	return startWith(t, fillFlags, args...)
+}
+
 // result is how a command ended.
 type result struct {
 	stdout, stderr string
@@ -162,6 +177,11 @@ func run(t *testing.T, args ...string) result {
 // start runs a converted image in the background until the test ends and
 // returns the container's ID.
 func start(t *testing.T, args ...string) string {
+	t.Helper()
+	return startWith(t, flags, args...)
+}
+
+func startWith(t *testing.T, flags []string, args ...string) string {
 	t.Helper()
 	r := docker(t, append(append([]string{"run", "--detach"}, flags...), args...)...)
 	if r.code != 0 {

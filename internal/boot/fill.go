@@ -1,0 +1,296 @@
+package boot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/moby/sys/capability"
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/chunkstore/s3store"
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/internal/fill"
+)
+
+// isFilled reports whether the root that boot stands in is filled, by config's
+// index. The boot of a container that was restarted then has nothing to do, and
+// may have lost the right to do it: its setuid bit is gone.
+func isFilled(config *bootimage.Config) bool {
+	b, err := os.ReadFile(bootimage.FilledPath)
+	return err == nil && strings.TrimSpace(string(b)) == config.IndexDigest
+}
+
+// leadFilled fills the root and becomes the caller's program. It returns
+// only if it cannot, or if a signal ends the container meanwhile.
+func leadFilled(c *caller, content *content, meeting *meeting, signals <-chan os.Signal, out *console) (int, error) {
+	content.openFetcher(false)
+	content.warnOfHiddenChanges()
+	// An image that was filled by another index and converted again.
+	if err := os.Remove(bootimage.FilledPath); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return 0, fmt.Errorf("fill the root: %w", err)
+	}
+	if err := os.Mkdir(bootimage.FillDir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return 0, fmt.Errorf("fill the root: %w", err)
+	}
+	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	done := make(chan error, 1)
+	go func() { done <- content.fillRoot(ctx, out) }()
+	for {
+		select {
+		case err := <-done:
+			if err != nil {
+				return 0, err
+			}
+			meeting.ready(wordFilled)
+			return 0, becomeProgram(c, content.config, out)
+		case s := <-signals:
+			if s := s.(unix.Signal); endsFill(s) {
+				// What is written remains: a restart goes on from there.
+				cancel()
+				select {
+				case <-done:
+				case <-time.After(stopWait):
+				}
+				out.log.Info("the container was stopped while its root was filled", "signal", unix.SignalName(s))
+				return 128 + int(s), nil
+			}
+		}
+	}
+}
+
+// endsFill reports whether a signal ends the container while its program does
+// not run yet: those that people and engines stop programs with. PID 1 takes no
+// others either before it has asked for them.
+func endsFill(s unix.Signal) bool {
+	switch s {
+	case unix.SIGTERM, unix.SIGINT, unix.SIGQUIT, unix.SIGHUP:
+		return true
+	}
+	return false
+}
+
+// fillRoot writes the root image over the files of the boot image and notes that
+// this is done.
+func (c *content) fillRoot(ctx context.Context, out *console) error {
+	meter := newMeter(out)
+	defer meter.stop()
+	var order iter.Seq[int] // nil where chunks lie in loose stores
+	if c.locators != nil {
+		order = c.locators.PackOrder()
+	}
+	report, err := fill.Root(ctx, "/", fill.Options{
+		Meta:     c.meta,
+		Index:    c.index,
+		Fetcher:  c.fetcher,
+		Order:    order,
+		State:    bootimage.FillDir,
+		Last:     isLink,
+		Progress: meter.set,
+		Log:      c.log,
+	})
+	if err != nil {
+		return err
+	}
+	c.close()
+	for _, line := range report.Left {
+		c.log.Warn("not in the root: " + line)
+	}
+	detachOwn(c.log)
+	if err := noteFilled(c.config.IndexDigest); err != nil {
+		return fmt.Errorf("fill the root: %w", err)
+	}
+	c.log.Info("the root is filled in place", "files", report.Files, "bytes", report.Bytes, "before", report.Resumed)
+	return nil
+}
+
+// isLink reports whether a link to boot stands at path. It must stand until
+// everything that the program in its place needs is there: whoever runs it waits
+// for that.
+func isLink(path string) bool {
+	target, err := os.Readlink("/" + path)
+	return err == nil && target == bootimage.BootPath
+}
+
+// detachOwn unmounts what is bootfs's own, where the container may. The program
+// sees it otherwise.
+func detachOwn(log *logger) {
+	if len(missing(capability.CAP_SYS_ADMIN)) > 0 {
+		return
+	}
+	mounts, err := readMounts()
+	if err != nil {
+		log.Info("the program sees what is mounted for bootfs: " + err.Error())
+		return
+	}
+	for _, dir := range mounts.own {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			log.Info(fmt.Sprintf("the program sees %s: unmount: %v", dir, err))
+		}
+	}
+}
+
+// noteFilled makes this root one that is filled: boot has no more rights than
+// who runs it, and has nothing else to do.
+func noteFilled(indexDigest string) error {
+	// The note before the bit, as without either the container could not start.
+	tmp := filepath.Join(bootimage.FillDir, "filled")
+	f, err := os.OpenFile(tmp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(indexDigest + "\n")
+	if err := errors.Join(err, f.Chmod(0o644), f.Sync(), f.Close()); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, bootimage.FilledPath); err != nil {
+		return err
+	}
+	if err := os.Chmod(bootimage.BootPath, 0o755); err != nil {
+		return err
+	}
+	return os.RemoveAll(bootimage.FillDir)
+}
+
+// warnOfHiddenChanges tells that an earlier start mounted the root and has kept
+// its changes in the volume, where this one does not look.
+func (c *content) warnOfHiddenChanges() {
+	changed, err := filepath.Glob(filepath.Join(upperDir(c.config.IndexDigest), "upper", "*"))
+	if err == nil && len(changed) > 0 {
+		c.log.Warn("what this container wrote while its root was mounted stays aside in the volume at " + bootimage.WritablePath)
+	}
+}
+
+// becomeProgram replaces boot by the caller's program, in a root that is filled.
+// It returns only on failure.
+func becomeProgram(c *caller, config *bootimage.Config, out *console) error {
+	settings, err := readSettings(c.env)
+	if err != nil {
+		return err
+	}
+	go func(signals <-chan os.Signal) {
+		for s := range signals {
+			if s := s.(unix.Signal); endsFill(s) {
+				os.Exit(128 + int(s))
+			}
+		}
+	}(catchSignals())
+	// Capabilities and the filter belong to the thread.
+	runtime.LockOSThread()
+	if !settings.keepSysAdmin && len(missing(capability.CAP_SYS_ADMIN)) == 0 {
+		if err := installFilter(); err != nil {
+			return err
+		}
+		if err := dropSysAdmin(); err != nil {
+			return err
+		}
+	}
+	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
+		return err
+	}
+	out.flush()
+	return execProgram(c.program, c.argv, c.withoutOwnEnv(ownS3Variables(settings, config)).env, c.cwd)
+}
+
+// ownS3Variables reports whether the variables with credentials for S3 are
+// boot's own, as openStores does, without opening anything.
+func ownS3Variables(s *settings, config *bootimage.Config) bool {
+	if !slices.ContainsFunc(slices.Concat(s.stores, config.Stores), s3store.Is) {
+		return false
+	}
+	places, err := secretPlaces()
+	if err != nil {
+		return true
+	}
+	root, err := hold("/")
+	return err != nil || len(secrets{root, places}.find(s3Credentials)) == 0
+}
+
+const (
+	meterAfter = 2 * time.Second // a fill that is done by then says nothing
+	meterLines = 10 * time.Second
+	meterTicks = 500 * time.Millisecond // on a terminal
+)
+
+// meter tells how far a fill has come, on one line of a terminal or now and then
+// on a line of its own.
+type meter struct {
+	out         *console
+	began       time.Time
+	first       atomic.Int64 // bytes that were there at the beginning, +1; 0 until that is known
+	done, total atomic.Int64
+	end, ended  chan struct{}
+}
+
+func newMeter(out *console) *meter {
+	m := &meter{out: out, began: time.Now(), end: make(chan struct{}), ended: make(chan struct{})}
+	go m.run()
+	return m
+}
+
+// set takes the bytes that are in place.
+func (m *meter) set(done, total int64) {
+	m.first.CompareAndSwap(0, done+1)
+	m.total.Store(total)
+	m.done.Store(done)
+}
+
+func (m *meter) run() {
+	defer close(m.ended)
+	next := time.NewTimer(meterAfter)
+	defer next.Stop()
+	said := false
+	for {
+		select {
+		case <-m.end:
+			if said && m.out.terminal {
+				m.out.say(utterance{text: eraseLine})
+			}
+			return
+		case <-next.C:
+		}
+		if m.out.level > slog.LevelWarn {
+			continue // said to be quiet
+		}
+		line := "bootfs: " + m.line(time.Since(m.began))
+		if m.out.terminal {
+			next.Reset(meterTicks)
+		} else {
+			next.Reset(meterLines)
+			line += "\n"
+		}
+		said = true
+		m.out.say(utterance{text: line, progress: m.out.terminal})
+	}
+}
+
+// line is what there is to say after a time.
+func (m *meter) line(after time.Duration) string {
+	const mega = 1e6
+	done, total := m.done.Load(), m.total.Load()
+	if total == 0 {
+		return "filling the root"
+	}
+	line := fmt.Sprintf("filling the root: %.0f of %.0f MB", float64(done)/mega, float64(total)/mega)
+	if rate := float64(done-m.first.Load()+1) / after.Seconds(); rate > 0 {
+		left := time.Duration(float64(total-done) / rate * float64(time.Second)).Round(time.Second)
+		line += fmt.Sprintf(", %.0f MB/s, about %s left", rate/mega, left)
+	}
+	return line
+}
+
+func (m *meter) stop() {
+	close(m.end)
+	<-m.ended
+}

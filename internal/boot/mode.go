@@ -1,0 +1,136 @@
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/capability"
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+)
+
+// A mode is a way to make the container's root.
+type mode int
+
+const (
+	modeAuto mode = iota // modeFuse where the container may, else modeFill
+	modeFuse             // it is mounted, and its chunks are fetched as they are read
+	modeFill             // it is written over the boot image's files, all of it
+)
+
+// choose returns the mode of this start, and why it is not modeFuse where
+// modeAuto could not have that. Nothing is changed to find out.
+func choose(s *settings, c *bootimage.Config) (m mode, why string, err error) {
+	lacks := fuseLacks(s)
+	noFill := fillRefusal(s, c)
+	switch {
+	case s.mode == modeFuse && len(lacks) > 0:
+		return 0, "", fmt.Errorf("mounting the root needs %s: add %[1]s to docker run", strings.Join(lacks, " "))
+	case s.mode == modeFill && noFill != nil:
+		return 0, "", noFill
+	case s.mode == modeFill:
+		return modeFill, "", nil
+	case len(lacks) == 0:
+		return modeFuse, "", nil
+	case noFill != nil:
+		return 0, "", fmt.Errorf("%w, or to mount the root instead add %s", noFill, strings.Join(lacks, " "))
+	}
+	return modeFill, fmt.Sprintf("add %s to docker run to mount it and start at once", strings.Join(lacks, " ")), nil
+}
+
+// fuseLacks returns the flags of docker run without which a root cannot be
+// mounted.
+func fuseLacks(s *settings) []string {
+	var flags []string
+	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil {
+		flags = append(flags, "--device /dev/fuse")
+	} else {
+		f.Close()
+	}
+	need := []capability.Cap{capability.CAP_SYS_ADMIN, capability.CAP_SYS_CHROOT, capability.CAP_CHOWN, capability.CAP_DAC_OVERRIDE}
+	if !s.keepSysAdmin {
+		need = append(need, capability.CAP_SETPCAP)
+	}
+	return append(flags, capAdds(missing(need...))...)
+}
+
+// fillRefusal is the reason why a root cannot be filled in place.
+func fillRefusal(s *settings, c *bootimage.Config) error {
+	var root unix.Statfs_t
+	if err := unix.Statfs("/", &root); err != nil {
+		return fmt.Errorf("/: %w", err)
+	}
+	if root.Flags&unix.ST_RDONLY != 0 {
+		return errors.New("a read-only root cannot be filled in place: leave --read-only out of docker run")
+	}
+	need := []capability.Cap{capability.CAP_CHOWN, capability.CAP_DAC_OVERRIDE, capability.CAP_FOWNER, capability.CAP_FSETID}
+	if slices.Contains(c.XattrClasses, "security") {
+		need = append(need, capability.CAP_SETFCAP)
+	}
+	if !s.keepSysAdmin && len(missing(capability.CAP_SYS_ADMIN)) == 0 {
+		need = append(need, capability.CAP_SETPCAP)
+	}
+	if lacks := capAdds(missing(need...)); len(lacks) > 0 {
+		return fmt.Errorf("filling the root in place needs %s: add %[1]s to docker run", strings.Join(lacks, " "))
+	}
+	return nil
+}
+
+// refusedError says that the container may not mount, which its capabilities
+// and devices did not show: a security module or the kernel refuses.
+type refusedError struct{ err error }
+
+func (e *refusedError) Error() string { return e.err.Error() }
+func (e *refusedError) Unwrap() error { return e.err }
+
+// whyNoMount adds to a mount error the docker run flag that is missing, and
+// makes a refusal a refusedError.
+func whyNoMount(err error) error {
+	for _, refusal := range []error{fs.ErrPermission, fs.ErrNotExist, unix.ENODEV, unix.ENXIO} {
+		if !errors.Is(err, refusal) {
+			continue
+		}
+		if profile, failed := os.ReadFile("/proc/self/attr/current"); failed == nil && confines(string(profile)) {
+			err = fmt.Errorf("%w: add --security-opt apparmor=unconfined to docker run", err)
+		}
+		return &refusedError{err}
+	}
+	return err
+}
+
+// whichCapability adds to a refusal the docker run flag that gives need, if
+// that is missing.
+func whichCapability(err error, need capability.Cap) error {
+	if flags := capAdds(missing(need)); len(flags) > 0 && errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("%w: add %s to docker run", err, flags[0])
+	}
+	return err
+}
+
+func capAdds(caps []capability.Cap) []string {
+	var flags []string
+	for _, c := range caps {
+		flags = append(flags, "--cap-add "+strings.ToUpper(c.String()))
+	}
+	return flags
+}
+
+// missing returns those of need that are not effective.
+func missing(need ...capability.Cap) []capability.Cap {
+	c, err := capability.NewPid2(0)
+	if err != nil || c.Load() != nil {
+		return nil
+	}
+	return slices.DeleteFunc(need, func(n capability.Cap) bool { return c.Get(capability.EFFECTIVE, n) })
+}
+
+// confines reports whether the AppArmor label of a process ("docker-default
+// (enforce)") restricts it.
+func confines(label string) bool {
+	return strings.HasSuffix(strings.TrimSpace(label), "(enforce)")
+}
