@@ -138,6 +138,7 @@ var testFiles = []string{
 	"/usr/lib64/ld-linux-x86-64.so.2 777 -> ../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2", "/usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 755 = loader",
 	"/usr/sbin/off-path 755 = x", "/usr/local/bin/ 2775 0:50", "/usr/local/bin/tool 755 = tool",
 	"/vol/bin/hidden 755 = x", "/data/v/x 755 = x", "/vollink 777 -> /data/v", "/opt/link 777 -> /data/v", "/opt/probe 755 = probe", "/opt/unnamed 755 = x",
+	"/opt/app/bin/run 750 = x", "/opt/app/bin/notes 644 = x", "/opt/app/plugin.so 755 = library", "/opt/again 777 -> app/bin/run", "/opt/current 777 -> app/bin", "/opt/texts 777 -> ../srv/texts", "/srv/texts/a 644 = text",
 	"/entry.sh 777 -> usr/local/bin/entry.sh", "/usr/local/bin/entry.sh 700 = #!/bin/sh", "/srv/app/ 750 1000:1000", "/srv/app/bin/tool 711 = x",
 	"/etc/passwd 644 = app:x:1000:1000::/:/bin/sh\n", "/etc/group 777 -> /data/group", "/data/group 640 0:42 = root:x:0:", "/etc/os-release 777 -> ../usr/lib/os-release", "/usr/lib/os-release 644 = ID=debian",
 	"/var/lib/dpkg/status 644 = Package: x", "/var/lib/dpkg/status.d/libc 644 = Package: libc", "/var/run 777 -> /run", "/run/ 755", "/var/spool/mail 777 -> ../mail", "/var/mail/ 2775 0:8",
@@ -161,16 +162,18 @@ func TestBootImage(t *testing.T) {
 		"data/ 755 0:0", "data/group 640 0:42 9 bytes", "data/v/ 755 0:0",
 		"dev/ 755 0:0", // a symlink in the source
 		"entry.sh" + boot,
-		"etc/ 755 0:0", "etc/group 777 0:0 -> /data/group", "etc/os-release 777 0:0 -> ../usr/lib/os-release", "etc/passwd 644 0:0 27 bytes",
+		"etc/ 755 0:0", "etc/alternatives/ 755 0:0", "etc/alternatives/awk" + boot, "etc/group 777 0:0 -> /data/group", "etc/os-release 777 0:0 -> ../usr/lib/os-release", "etc/passwd 644 0:0 27 bytes",
 		"lib 777 0:0 -> usr/lib", "lib64 777 0:0 -> usr/lib64",
-		"opt/ 755 0:0", "opt/probe" + boot,
+		"opt/ 755 0:0", "opt/again" + boot, "opt/app/ 755 0:0", "opt/app/bin/ 755 0:0", "opt/app/bin/run" + boot, "opt/current 777 0:0 -> app/bin", "opt/link 777 0:0 -> /data/v",
+		"opt/probe" + boot, "opt/unnamed" + boot,
 		"proc/ 555 0:0", "root/ 700 0:0", "run/ 755 0:0",
 		"srv/ 755 0:0", "srv/app/ 750 1000:1000", "srv/app/bin/ 755 0:0", "srv/app/bin/tool" + boot,
 		"sys/ 755 0:0", "tmp/ 1777 0:0",
-		"usr/ 755 0:0", "usr/bin/ 755 0:0",
+		"usr/ 755 0:0", "usr/bin/ 755 0:0", "usr/bin/X11 777 0:0 -> .",
 		"usr/bin/awk" + boot, "usr/bin/dash" + boot, "usr/bin/mawk" + boot, "usr/bin/python3" + boot, "usr/bin/python3.11" + boot, "usr/bin/sh" + boot, "usr/bin/sudo" + boot,
 		"usr/lib/ 755 0:0", "usr/lib/os-release 644 0:0 9 bytes", "usr/lib64/ 755 0:0",
 		"usr/local/ 755 0:0", "usr/local/bin/ 2775 0:50", "usr/local/bin/entry.sh" + boot, "usr/local/bin/tool" + boot,
+		"usr/sbin/ 755 0:0", "usr/sbin/off-path" + boot,
 		"var/ 755 0:0", "var/lib/ 755 0:0", "var/lib/dpkg/ 755 0:0", "var/lib/dpkg/status 644 0:0 10 bytes",
 		"var/lib/dpkg/status.d/ 755 0:0", "var/lib/dpkg/status.d/libc 644 0:0 13 bytes", "var/lib/rpm/ 755 0:0", "var/lib/rpm/Packages 644 0:0 3 bytes",
 		"var/run 777 0:0 -> /run",
@@ -295,6 +298,29 @@ func TestRefusedInput(t *testing.T) {
 	}
 	if _, err := BootImage(testInput(t, many, config)); err == nil || !strings.Contains(err.Error(), `PATH directory "/bin"`) {
 		t.Errorf("too many executables: %v", err)
+	}
+}
+
+// Where every file is executable, by its mode, the upper directories get links.
+func TestLinksAreBounded(t *testing.T) {
+	src := testTree(t, "/bin/x 755 = x", "/data/deep/x 755 = x", "/srv/run 755 = x", "/zzz 755 = x")
+	for i := range maxElsewhere {
+		src.Lookup("/data/deep").Entries[fmt.Sprint(i)] = src.Lookup("/zzz")
+	}
+	img := must(BootImage(testInput(t, src, `{"os":"linux","config":{"Env":["PATH=/bin"]}}`)))(t)
+	links := map[string]bool{}
+	for _, line := range listing(t, must(img.Layers())(t)[1]) {
+		if name, ok := strings.CutSuffix(line, " 777 0:0 -> "+bootimage.BootPath); ok {
+			links[name] = true
+		}
+	}
+	for _, name := range []string{"bin/x", "zzz", "srv/run"} {
+		if !links[name] {
+			t.Errorf("no link at %s", name)
+		}
+	}
+	if len(links) != maxElsewhere+1 {
+		t.Errorf("%d links, want %d and the one on PATH", len(links), maxElsewhere)
 	}
 }
 

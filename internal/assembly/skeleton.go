@@ -21,6 +21,10 @@ const (
 	// image: nobody needs it before that is mounted.
 	maxShipped     = 128 << 20
 	maxShippedFile = 64 << 20
+	// maxElsewhere bounds the links outside the directories on PATH. An image
+	// has some 100 to 250 executables there; where every file is one, by its
+	// mode, the rest is left out.
+	maxElsewhere = 5_000
 )
 
 // Files of the source that are read in the boot image, before or without its
@@ -90,6 +94,7 @@ func newSkeleton(src *tree.Tree, c *v1.Config) (*skeleton, error) {
 			return nil, fmt.Errorf("PATH directory %.200q: the boot image would need more than %d files for its links", dir, maxSkeleton)
 		}
 	}
+	s.linkElsewhere()
 	return s, nil
 }
 
@@ -210,6 +215,50 @@ func (s *skeleton) linkAll(dir string) {
 			return
 		}
 		s.link(path.Join(at, name))
+	}
+}
+
+// linkElsewhere links the executables that are not on PATH, those in the upper
+// directories first, and enters the symlinks that lead to their directories.
+// The mode alone tells what is executable: a look into each file would read
+// layers that a conversion has no other need of.
+func (s *skeleton) linkElsewhere() {
+	type dir struct {
+		path string
+		node *tree.Inode
+	}
+	var links []string // symlinks to directories
+	left := maxElsewhere
+	for queue := []dir{{"/", s.src.Root}}; len(queue) > 0; queue = queue[1:] {
+		d := queue[0]
+		if s.inVolume(d.path) {
+			continue
+		}
+		for _, name := range d.node.Names() {
+			at, n := path.Join(d.path, name), d.node.Entries[name]
+			if n.IsDir() {
+				queue = append(queue, dir{at, n})
+				continue
+			}
+			if n.IsSymlink() {
+				if _, end := s.src.Resolve(at); end != nil && end.IsDir() {
+					links = append(links, at)
+					continue
+				}
+			}
+			before := len(s.files)
+			if left > 0 && before < maxSkeleton {
+				s.link(at)
+			}
+			if len(s.files) > before {
+				left--
+			}
+		}
+	}
+	for _, name := range links {
+		if at, _ := s.src.Resolve(name); s.files[at].mode&modeType == modeDir {
+			s.follow(name)
+		}
 	}
 }
 

@@ -36,7 +36,7 @@ type appOrder struct {
 // appReport is the failure that it answers with.
 type appReport struct {
 	Status  int
-	Message string
+	Message string // "" if the user was told
 }
 
 // startApp starts the caller's program as PID 1 of a PID namespace of its own,
@@ -82,6 +82,9 @@ func startApp(c *caller, masks []mask, keepSysAdmin bool) (pid int, err error) {
 		var r appReport
 		if err := json.Unmarshal(report, &r); err != nil {
 			return 0, fmt.Errorf("start the app: unreadable report: %w", err)
+		}
+		if r.Message == "" {
+			return 0, &exitError{status: r.Status, err: errSaid}
 		}
 		return 0, &exitError{status: r.Status, err: errors.New(r.Message)}
 	}

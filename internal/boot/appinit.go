@@ -32,6 +32,9 @@ func isPipe(fd int) bool {
 // reportToBoot sends the error of appInit and returns the exit status.
 func reportToBoot(err error) int {
 	r := appReport{Status: exitBoot, Message: err.Error()}
+	if errors.Is(err, errSaid) {
+		r.Message = ""
+	}
 	if e := (*exitError)(nil); errors.As(err, &e) {
 		r.Status = e.status
 	}
@@ -178,7 +181,8 @@ func becomeUser(uid, gid int, groups []int) error {
 }
 
 // execProgram replaces the process by the program, looked up on the PATH of
-// env. It returns only on failure.
+// env. It returns only on failure, and then with the status and the words that
+// engines have for the same failure.
 func execProgram(program string, argv, env []string, cwd string) error {
 	if err := os.Chdir(cwd); err != nil {
 		return fmt.Errorf("enter the working directory: %w", err)
@@ -190,15 +194,26 @@ func execProgram(program string, argv, env []string, cwd string) error {
 		}
 	}
 	file, err := exec.LookPath(program)
-	if err == nil {
-		err = syscall.Exec(file, argv, env)
-	}
-	err = fmt.Errorf("run %s: %w", program, err)
 	switch {
 	case errors.Is(err, exec.ErrNotFound) || errors.Is(err, fs.ErrNotExist):
 		return &exitError{status: exitNotFound, err: err}
-	case errors.Is(err, unix.EIO):
+	case errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EISDIR):
+		return &exitError{status: exitNotExecutable, err: err}
+	case err != nil:
+		return withReason(err)
+	}
+	err = syscall.Exec(file, argv, env)
+	if errors.Is(err, unix.EIO) {
+		return withReason(fmt.Errorf("run %s: %w", program, err))
+	}
+	// By now the program would have the container's stderr to itself.
+	fmt.Fprintf(os.Stderr, "exec %s: %v\n", file, err)
+	return &exitError{status: exitNoProgram, err: errSaid}
+}
+
+func withReason(err error) error {
+	if errors.Is(err, unix.EIO) {
 		return fmt.Errorf("%w: its chunks could not be had, see above", err)
 	}
-	return &exitError{status: exitNotExecutable, err: err}
+	return err
 }

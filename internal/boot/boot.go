@@ -37,10 +37,14 @@ import (
 
 // Exit statuses of boot itself; every other status is the app's.
 const (
+	exitNoProgram     = 1   // the kernel refused the program: an unknown format, an interpreter that is missing
 	exitBoot          = 125 // boot could not start the app
-	exitNotExecutable = 126 // the program was found and cannot be run
+	exitNotExecutable = 126 // the program was found and may not be run
 	exitNotFound      = 127 // the program was not found
 )
+
+// errSaid is a failure that the user was told of.
+var errSaid = errors.New("see above")
 
 // memoryGoal is what boot's memory grows to before the collector works harder,
 // in bytes. Well above half of it is chunks, which the collector need not look
@@ -73,7 +77,9 @@ func Main() int {
 	if err == nil {
 		return status
 	}
-	out.log.Error(err.Error())
+	if !errors.Is(err, errSaid) {
+		out.log.Error(err.Error())
+	}
 	if e := (*exitError)(nil); errors.As(err, &e) {
 		return e.status
 	}

@@ -104,12 +104,16 @@ func (c *caller) withInit(first, own []string) {
 
 // requested returns the program that was asked for. Started by its own path,
 // boot takes it from its arguments; started through a link, the link's path is
-// the program (--entrypoint, exec, a health check).
+// the program (--entrypoint, exec, a health check), relative to cwd if it is.
 func requested(execPath, cwd string, args []string) (program string, argv []string, err error) {
+	absolute := execPath
 	if !filepath.IsAbs(execPath) {
-		execPath = filepath.Join(cwd, execPath)
+		absolute = filepath.Join(cwd, execPath)
 	}
-	if filepath.Clean(execPath) != bootimage.BootPath {
+	if filepath.Clean(absolute) != bootimage.BootPath {
+		if !strings.Contains(execPath, "/") {
+			execPath = "./" + execPath // not on PATH: it was found already
+		}
 		return execPath, args, nil
 	}
 	if len(args) < 2 {

@@ -24,7 +24,8 @@ func TestRequested(t *testing.T) {
 	}{
 		{name: "the image's entrypoint", exec: "/.bootfs/boot", cwd: "/", args: []string{"/.bootfs/boot", "python3", "-V"}, program: "python3", argv: []string{"python3", "-V"}},
 		{name: "a link", exec: "/usr/bin/python3", cwd: "/", args: []string{"python3", "-V"}, program: "/usr/bin/python3", argv: []string{"python3", "-V"}},
-		{name: "a relative link", exec: "bin/app", cwd: "/opt", args: []string{"bin/app"}, program: "/opt/bin/app", argv: []string{"bin/app"}},
+		{name: "a relative link", exec: "bin/app", cwd: "/opt", args: []string{"bin/app"}, program: "bin/app", argv: []string{"bin/app"}},
+		{name: "a link in the working directory", exec: "app", cwd: "/opt/bin", args: []string{"app"}, program: "./app", argv: []string{"app"}},
 		{name: "boot by another spelling", exec: "/.bootfs/../.bootfs/boot", cwd: "/", args: []string{"x", "true"}, program: "true", argv: []string{"true"}},
 		{name: "nothing to run", exec: "/.bootfs/boot", cwd: "/", args: []string{"/.bootfs/boot"}, fails: true},
 	} {
