@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -41,8 +42,8 @@ type appReport struct {
 
 // startApp starts the caller's program as PID 1 of a PID namespace of its own,
 // in a mount namespace below boot's, and returns its process ID once it has
-// been exec'd.
-func startApp(c *caller, masks []mask, keepSysAdmin bool) (pid int, err error) {
+// been exec'd. signals are those that boot has caught.
+func startApp(c *caller, masks []mask, keepSysAdmin bool, signals chan os.Signal) (pid int, err error) {
 	order, err := json.Marshal(appOrder{
 		Program: c.program, Argv: c.argv, Env: c.env, Cwd: c.cwd,
 		UID: c.uid, GID: c.gid, Groups: c.groups,
@@ -65,7 +66,9 @@ func startApp(c *caller, masks []mask, keepSysAdmin bool) (pid int, err error) {
 	defer reportWrite.Close()
 
 	sys := &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS}
-	passTerminal(sys)
+	if err := passTerminal(sys, signals); err != nil {
+		return 0, err
+	}
 	pid, err = syscall.ForkExec(bootimage.BootPath, []string{appInitName}, &syscall.ProcAttr{
 		Files: []uintptr{0, 1, 2, orderRead.Fd(), reportWrite.Fd()},
 		Sys:   sys,
@@ -96,8 +99,7 @@ func startApp(c *caller, masks []mask, keepSysAdmin bool) (pid int, err error) {
 
 // passTerminal arranges that the app has the container's terminal as boot has
 // it now, so that Ctrl-C, Ctrl-Z and resizing reach it from the kernel.
-func passTerminal(sys *syscall.SysProcAttr) {
-	const terminal = 0
+func passTerminal(sys *syscall.SysProcAttr, signals chan os.Signal) error {
 	foreground, err := unix.IoctlGetInt(terminal, unix.TIOCGPGRP)
 	controls := err == nil && foreground == unix.Getpgrp()
 	switch {
@@ -106,11 +108,49 @@ func passTerminal(sys *syscall.SysProcAttr) {
 		// foreground in it.
 		sys.Foreground, sys.Ctty = controls, terminal
 	case controls:
-		// A session of its own takes the terminal from boot's.
+		// A session of its own takes the terminal that boot's gives up: to take it
+		// from another session is for root of the host.
+		if err := giveUpTerminal(signals); err != nil {
+			return err
+		}
 		sys.Setsid, sys.Setctty, sys.Ctty = true, true, terminal
 	default:
 		sys.Setsid = true
 	}
+	return nil
+}
+
+// terminal is the descriptor at which a container has its terminal.
+const terminal = 0
+
+// giveUpTerminal leaves the terminal of boot's session to another. The kernel
+// then hangs up and continues who is in the foreground, boot: those two signals
+// are not for the app.
+func giveUpTerminal(signals chan os.Signal) error {
+	var others []os.Signal
+	for len(signals) > 0 { // a full channel would lose what is waited for below
+		others = append(others, <-signals)
+	}
+	if err := unix.IoctlSetInt(terminal, unix.TIOCNOTTY, 0); err != nil {
+		return fmt.Errorf("give up the terminal: %w", err)
+	}
+	for hungUp, continued := signal.Ignored(unix.SIGHUP), false; !hungUp || !continued; {
+		switch s := <-signals; s {
+		case unix.SIGHUP:
+			hungUp = true
+		case unix.SIGCONT:
+			continued = true
+		default:
+			others = append(others, s)
+		}
+	}
+	for _, s := range others {
+		select {
+		case signals <- s:
+		default:
+		}
+	}
+	return nil
 }
 
 func sessionLeader() bool {

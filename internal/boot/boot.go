@@ -177,7 +177,7 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 
 // leadMounted mounts the root and runs the app in it. A refusedError means that
 // nothing has changed.
-func leadMounted(c *caller, settings *settings, content *content, meeting *meeting, signals <-chan os.Signal, out *console) (int, error) {
+func leadMounted(c *caller, settings *settings, content *content, meeting *meeting, signals chan os.Signal, out *console) (int, error) {
 	content.openFetcher(true)
 	root, err := makeRoot(content, c.cwd, out.log)
 	if err != nil {
@@ -187,7 +187,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	// From here on the network is used. The app's own exec is its first reader.
 	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
 	prefetch := startPrefetch(content, settings, out.log)
-	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin)
+	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, signals)
 	if err != nil {
 		return 0, err
 	}

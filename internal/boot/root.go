@@ -270,6 +270,31 @@ func (e *engineMounts) copyInto(top int) error {
 		}
 		unix.Close(fd)
 	}
+	// Docker and podman make this link, by which old programs find the mounts.
+	if err := copyLink(top, "/etc/mtab"); err != nil {
+		return fmt.Errorf("make /etc/mtab: %w", err)
+	}
+	return nil
+}
+
+// copyLink makes the symbolic link p of the engine's root below the directory
+// top, where one is there and the source image has nothing in its place.
+func copyLink(top int, p string) error {
+	target, err := os.Readlink(p)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.EINVAL) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	dir, err := place(top, path.Dir(p), unix.S_IFDIR|0o755)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(dir)
+	if err := unix.Symlinkat(target, dir, path.Base(p)); !errors.Is(err, unix.EEXIST) {
+		return pathError(p, err)
+	}
 	return nil
 }
 

@@ -14,7 +14,7 @@ import (
 // for the app.
 //
 // Those that the engine lets ignore stay so, for the app as well.
-func catchSignals() <-chan os.Signal {
+func catchSignals() chan os.Signal {
 	ignored := slices.DeleteFunc([]os.Signal{unix.SIGHUP, unix.SIGINT}, func(s os.Signal) bool { return !signal.Ignored(s) })
 	c := make(chan os.Signal, 64)
 	signal.Notify(c)
@@ -25,8 +25,7 @@ func catchSignals() <-chan os.Signal {
 }
 
 // forwarded reports whether the app gets the signal. The Go runtime sends
-// itself SIGURG, children and broken pipes are boot's own, and the kernel hangs
-// boot up when it gives the terminal away.
+// itself SIGURG, and children and broken pipes are boot's own.
 func forwarded(s unix.Signal) bool {
 	switch s {
 	case unix.SIGCHLD, unix.SIGURG, unix.SIGPIPE:
