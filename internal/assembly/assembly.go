@@ -9,6 +9,7 @@
 package assembly
 
 import (
+	"archive/tar"
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
@@ -46,7 +47,10 @@ type Input struct {
 
 // BootLayer is the layer of a boot binary: all that the images made with it
 // share.
-type BootLayer struct{ layer *imageLayer }
+type BootLayer struct {
+	layer *imageLayer
+	head  []byte // the binary's first bytes: what it is an executable of
+}
 
 // NewBootLayer packs a boot binary.
 func NewBootLayer(boot []byte) (*BootLayer, error) {
@@ -61,7 +65,7 @@ func NewBootLayer(boot []byte) (*BootLayer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("boot binary: %w", err)
 	}
-	return &BootLayer{l}, nil
+	return &BootLayer{l, boot[:min(headSize, len(boot))]}, nil
 }
 
 // OpenBootLayer returns the layer whose stored form is b, as Bytes gave it.
@@ -71,10 +75,21 @@ func OpenBootLayer(b []byte) (*BootLayer, error) {
 		return nil, fmt.Errorf("boot binary: %w", err)
 	}
 	plain := sha256.New()
-	if _, err := io.Copy(plain, z); err != nil {
+	whole := io.TeeReader(z, plain)
+	var head []byte
+	for t := tar.NewReader(whole); head == nil; {
+		h, err := t.Next()
+		if err == nil && h.Typeflag == tar.TypeReg {
+			head, err = io.ReadAll(io.LimitReader(t, headSize))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("boot binary: %w", err)
+		}
+	}
+	if _, err := io.Copy(io.Discard, whole); err != nil {
 		return nil, fmt.Errorf("boot binary: %w", err)
 	}
-	return &BootLayer{storedLayer(b, plain)}, nil
+	return &BootLayer{storedLayer(b, plain), head}, nil
 }
 
 // Bytes returns the stored form of l: a tar, compressed.
@@ -98,7 +113,12 @@ func bootImage(in Input) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	link, err := linkTo(in.Boot.head, bootimage.BootPath)
+	if err != nil {
+		return nil, err
+	}
 	files := skeleton.files
+	limitLinks(files, link)
 	maps.Copy(files, map[string]file{
 		bootimage.LowerPath:    {mode: modeDir | 0o755},
 		bootimage.RootPath:     {mode: modeDir | 0o755},
@@ -106,6 +126,7 @@ func bootImage(in Input) (v1.Image, error) {
 		bootimage.WritablePath: {mode: modeDir | 0o700},
 		bootimage.TmpPath:      {mode: modeDir | 0o700},
 		bootimage.SecretsDir:   {mode: modeDir | 0o700},
+		bootimage.LinkPath:     bytesFile(0o4755, link),
 		bootimage.ConfigPath:   bytesFile(0o644, config),
 		bootimage.IndexPath:    bytesFile(0o644, in.Index),
 		bootimage.MetaPath:     bytesFile(0o644, in.Meta),

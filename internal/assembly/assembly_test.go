@@ -5,6 +5,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"debug/elf"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -77,6 +79,18 @@ func testTree(t testing.TB, lines ...string) *tree.Tree {
 	return &tree.Tree{Root: root}
 }
 
+// testBoot is no program, but has the headers of one.
+func testBoot(t testing.TB) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	h := elf.Header64{Type: uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: 1}
+	copy(h.Ident[:], []byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1})
+	if err := binary.Write(&b, binary.LittleEndian, h); err != nil {
+		t.Fatal(err)
+	}
+	return append(b.Bytes(), bytes.Repeat([]byte("boot binary "), 1000)...)
+}
+
 func testInput(t testing.TB, src *tree.Tree, rawConfig string) Input {
 	t.Helper()
 	index := []byte("the index")
@@ -87,7 +101,7 @@ func testInput(t testing.TB, src *tree.Tree, rawConfig string) Input {
 			Annotations: map[string]string{"a": "b", annotationBaseName: "base of the source"},
 		},
 		Tree: src,
-		Boot: must(NewBootLayer(bytes.Repeat([]byte("boot binary "), 1000)))(t),
+		Boot: must(NewBootLayer(testBoot(t)))(t),
 		Config: bootimage.Config{
 			Version: bootimage.Version, Profile: "v1",
 			IndexDigest: fmt.Sprintf("sha256:%x", sha256.Sum256(index)),
@@ -116,6 +130,8 @@ func listing(t testing.TB, l v1.Layer) []string {
 		switch h.Typeflag {
 		case tar.TypeSymlink:
 			line += " -> " + h.Linkname
+		case tar.TypeLink:
+			line += " = " + h.Linkname
 		case tar.TypeReg:
 			line += fmt.Sprintf(" %d bytes", h.Size)
 		}
@@ -148,13 +164,14 @@ var testFiles = []string{
 func TestBootImage(t *testing.T) {
 	img := must(BootImage(testInput(t, testTree(t, testFiles...), config)))(t)
 	layers := must(img.Layers())(t)
-	if got, want := listing(t, layers[0]), []string{".bootfs/ 755 0:0", ".bootfs/boot 4755 0:0 12000 bytes"}; !slices.Equal(got, want) {
+	if got, want := listing(t, layers[0]), []string{".bootfs/ 755 0:0", ".bootfs/boot 4755 0:0 12064 bytes"}; !slices.Equal(got, want) {
 		t.Errorf("first layer:\n%s", strings.Join(got, "\n"))
 	}
 	configBytes := len(must(json.Marshal(testInput(t, testTree(t), config).Config))(t))
-	const boot = " 777 0:0 -> /.bootfs/boot"
+	const boot = " 4755 0:0 = .bootfs/link"
 	want := []string{
 		fmt.Sprintf(".bootfs/config.json 644 0:0 %d bytes", configBytes),
+		".bootfs/link 4755 0:0 246 bytes",
 		".bootfs/lower/ 755 0:0", ".bootfs/root/ 755 0:0",
 		".bootfs/rootfs.caibx 644 0:0 9 bytes", ".bootfs/rootfs.castr/ 755 0:0", ".bootfs/rootfs.meta 644 0:0 8000 bytes", ".bootfs/rootfs.packs 644 0:0 12 bytes",
 		".bootfs/rw/ 700 0:0", ".bootfs/secrets/ 700 0:0", ".bootfs/tmp/ 700 0:0",
@@ -179,6 +196,8 @@ func TestBootImage(t *testing.T) {
 		"var/run 777 0:0 -> /run",
 		"vol/ 755 0:0", "vollink 777 0:0 -> /data/v",
 	}
+	// Hard links come after what they name.
+	slices.SortStableFunc(want, func(a, b string) int { return strings.Count(a, boot) - strings.Count(b, boot) })
 	if got := listing(t, layers[1]); !slices.Equal(got, want) {
 		t.Errorf("second layer, - want, + got:\n%s", difference(want, got))
 	}
@@ -271,8 +290,7 @@ func TestReproducible(t *testing.T) {
 
 // Frozen: another digest means that every image of a release gets other bytes.
 func TestGoldenBootLayer(t *testing.T) {
-	img := must(BootImage(testInput(t, testTree(t), `{"os":"linux"}`)))(t)
-	l := must(img.Layers())(t)[0]
+	l := must(NewBootLayer(bytes.Repeat([]byte("boot binary "), 1000)))(t).layer
 	const diffID = "sha256:b69c1c9b843bb8810bb230a0611d798014b7da2f500d01564ebbe06c533c196a"
 	if got := must(l.DiffID())(t).String(); got != diffID {
 		t.Errorf("DiffID: got %s, want %s", got, diffID)
@@ -287,6 +305,11 @@ func TestRefusedInput(t *testing.T) {
 	in := testInput(t, testTree(t, "/.bootfs/boot 755 = x"), config)
 	if _, err := BootImage(in); err == nil || !strings.Contains(err.Error(), "converted already") {
 		t.Errorf("a converted source: %v", err)
+	}
+	in = testInput(t, testTree(t), config)
+	in.Boot = must(NewBootLayer([]byte("#!/bin/sh")))(t)
+	if _, err := BootImage(in); err == nil || !strings.Contains(err.Error(), "no ELF executable") {
+		t.Errorf("a script as boot binary: %v", err)
 	}
 	if _, err := NewBootLayer(nil); err == nil {
 		t.Error("no boot binary: no error")
@@ -310,7 +333,7 @@ func TestLinksAreBounded(t *testing.T) {
 	img := must(BootImage(testInput(t, src, `{"os":"linux","config":{"Env":["PATH=/bin"]}}`)))(t)
 	links := map[string]bool{}
 	for _, line := range listing(t, must(img.Layers())(t)[1]) {
-		if name, ok := strings.CutSuffix(line, " 777 0:0 -> "+bootimage.BootPath); ok {
+		if name, ok := strings.CutSuffix(line, " 4755 0:0 = .bootfs/link"); ok {
 			links[name] = true
 		}
 	}
@@ -331,7 +354,7 @@ func TestHostileLinks(t *testing.T) {
 	in := testInput(t, src, `{"os":"linux","config":{"Entrypoint":["/x/y/z","../../x/y","/etc/etc/x/y"],"Env":["PATH=/bin:/usr/bin:/etc/x"],"WorkingDir":"/opt/w"}}`)
 	img := must(BootImage(in))(t)
 	got := listing(t, must(img.Layers())(t)[1])
-	for _, want := range []string{"x/y 777 0:0 -> /.bootfs/boot", "proc/ 755 0:0", "usr/bin 777 0:0 -> ../../../../x"} {
+	for _, want := range []string{"x/y 4755 0:0 = .bootfs/link", "proc/ 755 0:0", "usr/bin 777 0:0 -> ../../../../x"} {
 		if !slices.Contains(got, want) {
 			t.Errorf("no %q in\n%s", want, strings.Join(got, "\n"))
 		}
@@ -339,7 +362,7 @@ func TestHostileLinks(t *testing.T) {
 	// A volume at / takes all links away.
 	in = testInput(t, src, `{"os":"linux","config":{"Volumes":{"/volume":{}},"Env":["PATH=/x"]}}`)
 	for _, line := range listing(t, must(must(BootImage(in))(t).Layers())(t)[1]) {
-		if strings.HasSuffix(line, "-> "+bootimage.BootPath) {
+		if strings.Contains(line, " = ") {
 			t.Errorf("link in a volume: %s", line)
 		}
 	}
@@ -541,7 +564,11 @@ func TestUmociUnpack(t *testing.T) {
 	if mode := must(os.Stat(root + "/.bootfs/boot"))(t).Mode(); mode != os.ModeSetuid|0o755 {
 		t.Errorf("boot has mode %v", mode)
 	}
-	for name, want := range map[string]string{"/usr/bin/python3": "/.bootfs/boot", "/bin": "usr/bin", "/lib64": "usr/lib64"} {
+	link := must(os.ReadFile(root + bootimage.LinkPath))(t)
+	if got := must(os.ReadFile(root + "/usr/bin/python3"))(t); !bytes.Equal(got, link) {
+		t.Errorf("python3 is %q, want %q", got, link)
+	}
+	for name, want := range map[string]string{"/bin": "usr/bin", "/lib64": "usr/lib64"} {
 		if got, err := os.Readlink(root + name); err != nil || got != want {
 			t.Errorf("%s -> %s, %v, want %s", name, got, err, want)
 		}
@@ -592,9 +619,9 @@ func BenchmarkNewBootLayer(b *testing.B) {
 
 // TestBootLayer reads a stored layer back.
 func TestBootLayer(t *testing.T) {
-	want := must(NewBootLayer([]byte("boot binary")))(t)
+	want := must(NewBootLayer(testBoot(t)))(t)
 	got := must(OpenBootLayer(want.Bytes()))(t)
-	if got.layer.digest != want.layer.digest || got.layer.diffID != want.layer.diffID || !bytes.Equal(got.Bytes(), want.Bytes()) {
+	if !bytes.Equal(got.head, want.head) || got.layer.digest != want.layer.digest || got.layer.diffID != want.layer.diffID || !bytes.Equal(got.Bytes(), want.Bytes()) {
 		t.Errorf("got %s of %s, want %s of %s", got.layer.digest, got.layer.diffID, want.layer.digest, want.layer.diffID)
 	}
 	for n := range want.Bytes() {

@@ -3,6 +3,7 @@ package assembly
 import (
 	"archive/tar"
 	"bytes"
+	"cmp"
 	"crypto/sha256"
 	"fmt"
 	"hash"
@@ -33,6 +34,7 @@ type file struct {
 	uid, gid uint32
 	mtime    int64 // seconds since 1970
 	target   string
+	linkTo   string      // path in the same layer of which this is a hard link, "" if it is none
 	size     int64       // bytes of content
 	content  io.ReaderAt // nil if size is 0
 }
@@ -77,8 +79,12 @@ const (
 // toolchain. Every engine reads gzip.
 func newLayer(files map[string]file, level int) (*imageLayer, error) {
 	return packLayer(level, func(t *tar.Writer) error {
-		// Byte order puts a directory before what is in it.
-		for _, name := range slices.Sorted(maps.Keys(files)) {
+		// Byte order puts a directory before what is in it. A hard link comes after
+		// the file that it is another name of.
+		order := func(a, b string) int {
+			return cmp.Or(cmp.Compare(min(1, len(files[a].linkTo)), min(1, len(files[b].linkTo))), strings.Compare(a, b))
+		}
+		for _, name := range slices.SortedFunc(maps.Keys(files), order) {
 			if err := writeFile(t, name, files[name]); err != nil {
 				return fmt.Errorf("%s: %w", name, err)
 			}
@@ -127,12 +133,15 @@ func writeFile(t *tar.Writer, name string, f file) error {
 		ModTime: time.Unix(f.mtime, 0),
 	}
 	switch f.mode & modeType {
+	case modeRegular:
+		h.Typeflag, h.Size = tar.TypeReg, f.size
+		if f.linkTo != "" {
+			h.Typeflag, h.Size, h.Linkname = tar.TypeLink, 0, strings.TrimPrefix(f.linkTo, "/")
+		}
 	case modeDir:
 		h.Typeflag, h.Name = tar.TypeDir, h.Name+"/"
 	case modeSymlink:
 		h.Typeflag, h.Linkname = tar.TypeSymlink, f.target
-	default:
-		h.Typeflag, h.Size = tar.TypeReg, f.size
 	}
 	if err := t.WriteHeader(h); err != nil {
 		return err

@@ -275,7 +275,7 @@ func (s *skeleton) link(name string) {
 		return
 	}
 	s.follow(path.Dir(name))
-	s.add(at, file{mode: modeSymlink | 0o777, target: bootimage.BootPath})
+	s.add(at, file{mode: modeRegular | 0o4755, linkTo: bootimage.LinkPath})
 }
 
 // inVolume reports whether a path lies in a declared volume: engines would

@@ -47,9 +47,14 @@ func currentCaller() (*caller, error) {
 		cwd:    cwd,
 		env:    env,
 	}
-	c.program, c.argv, err = requested(execPath(), cwd, os.Args)
+	started := execPath()
+	c.program, c.argv, err = requested(started, cwd, os.Args)
 	if err != nil {
 		return nil, err
+	}
+	// A script that the user has mounted: a link stands where its interpreter is.
+	if c.program != os.Args[0] && isScript(started) {
+		c.program = os.Args[0]
 	}
 	return c, nil
 }
@@ -120,6 +125,18 @@ func requested(execPath, cwd string, args []string) (program string, argv []stri
 		return "", nil, fmt.Errorf("no program to run: the image has no entrypoint and no command; name one behind the image")
 	}
 	return args[1], args[1:], nil
+}
+
+// isScript reports whether the file that was started is another than the
+// program that runs: the kernel has put the script's interpreter in its place,
+// and in argument 0.
+func isScript(execPath string) bool {
+	started, err := os.Stat(execPath)
+	if err != nil {
+		return false
+	}
+	running, err := os.Stat("/proc/self/exe")
+	return err == nil && !os.SameFile(started, running)
 }
 
 // execPath returns the path that execve was given. Argument 0 does not say: the

@@ -1,6 +1,7 @@
 package boot
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -96,7 +97,7 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 		Fetcher:  c.fetcher,
 		Order:    order,
 		State:    bootimage.FillDir,
-		Last:     isLink,
+		Last:     isLink(),
 		Progress: meter.set,
 		Log:      c.log,
 	})
@@ -115,12 +116,23 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 	return nil
 }
 
-// isLink reports whether a link to boot stands at path. It must stand until
-// everything that the program in its place needs is there: whoever runs it waits
-// for that.
-func isLink(path string) bool {
-	target, err := os.Readlink("/" + path)
-	return err == nil && target == bootimage.BootPath
+// isLink returns what reports whether a link to boot stands at a path below the
+// root. It must stand until everything that the program in its place needs is
+// there: whoever runs it waits for that.
+func isLink() func(path string) bool {
+	link, err := os.ReadFile(bootimage.LinkPath)
+	if err != nil {
+		return nil // an image without links
+	}
+	return func(path string) bool {
+		path = "/" + path
+		info, err := os.Lstat(path)
+		if err != nil || !info.Mode().IsRegular() || info.Size() != int64(len(link)) {
+			return false
+		}
+		b, err := os.ReadFile(path)
+		return err == nil && bytes.Equal(b, link)
+	}
 }
 
 // detachOwn unmounts what is bootfs's own, where the container may. The program
@@ -157,8 +169,10 @@ func noteFilled(indexDigest string) error {
 	if err := os.Rename(tmp, bootimage.FilledPath); err != nil {
 		return err
 	}
-	if err := os.Chmod(bootimage.BootPath, 0o755); err != nil {
-		return err
+	for _, path := range []string{bootimage.LinkPath, bootimage.BootPath} {
+		if err := os.Chmod(path, 0o755); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
 	}
 	return os.RemoveAll(bootimage.FillDir)
 }

@@ -6,6 +6,7 @@ package bootimage
 const (
 	Dir           = "/.bootfs"
 	BootPath      = Dir + "/boot"         // the binary
+	LinkPath      = Dir + "/link"         // what stands at the executables of the source, one file with many names: it starts BootPath
 	ConfigPath    = Dir + "/config.json"  // Config
 	IndexPath     = Dir + "/rootfs.caibx" // package index
 	LocatorsPath  = Dir + "/rootfs.packs" // package registrystore; absent when Stores are loose

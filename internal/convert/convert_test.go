@@ -188,8 +188,13 @@ func sampleLayers() []entries {
 	return []entries{one, two, three}
 }
 
+// bootLayer is the layer of what has the headers of a program, but is none.
+func bootLayer(text string) (*assembly.BootLayer, error) {
+	return assembly.NewBootLayer([]byte("\x7fELF\x02\x01\x01" + strings.Repeat("\x00", 57) + text))
+}
+
 func boot(v1.Platform) (*assembly.BootLayer, error) {
-	return assembly.NewBootLayer([]byte("a boot binary"))
+	return bootLayer("a boot binary")
 }
 
 func ociRef(t testing.TB) transport.Ref {
@@ -498,7 +503,7 @@ func TestRunPlatforms(t *testing.T) {
 			if !slices.Contains(archs, p.Architecture) {
 				return nil, fmt.Errorf("no boot binary for %s", p)
 			}
-			return assembly.NewBootLayer([]byte("boot for " + p.Architecture))
+			return bootLayer("boot for " + p.Architecture)
 		}
 	}
 	t.Run("all that can be started", func(t *testing.T) {
