@@ -25,7 +25,8 @@ func catchSignals() chan os.Signal {
 }
 
 // forwarded reports whether the app gets the signal. The Go runtime sends
-// itself SIGURG, and children and broken pipes are boot's own.
+// itself SIGURG, and children and broken pipes are boot's own. SIGPROF and the
+// first real-time signal never come here: the runtime keeps them.
 func forwarded(s unix.Signal) bool {
 	switch s {
 	case unix.SIGCHLD, unix.SIGURG, unix.SIGPIPE:
