@@ -32,6 +32,7 @@ type appOrder struct {
 	Groups       []int
 	Masks        []mask
 	KeepSysAdmin bool
+	Score        int // added to its oom_score_adj
 }
 
 // appReport is the failure that it answers with.
@@ -43,11 +44,11 @@ type appReport struct {
 // startApp starts the caller's program as PID 1 of a PID namespace of its own,
 // in a mount namespace below boot's, and returns its process ID once it has
 // been exec'd. signals are those that boot has caught.
-func startApp(c *caller, masks []mask, keepSysAdmin bool, signals chan os.Signal) (pid int, err error) {
+func startApp(c *caller, masks []mask, keepSysAdmin bool, score int, signals chan os.Signal) (pid int, err error) {
 	order, err := json.Marshal(appOrder{
 		Program: c.program, Argv: c.argv, Env: c.env, Cwd: c.cwd,
 		UID: c.uid, GID: c.gid, Groups: c.groups,
-		Masks: masks, KeepSysAdmin: keepSysAdmin,
+		Masks: masks, KeepSysAdmin: keepSysAdmin, Score: score,
 	})
 	if err != nil {
 		return 0, err

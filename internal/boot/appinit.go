@@ -61,6 +61,7 @@ func appInit() error {
 	if err := ownProc(order.Masks); err != nil {
 		return err
 	}
+	raiseScore(order.Score)
 	if !order.KeepSysAdmin {
 		// The filter first: without the capability it could only be had with
 		// no_new_privs, which would break setuid programs.

@@ -27,7 +27,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime/debug"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -46,12 +45,6 @@ const (
 // errSaid is a failure that the user was told of.
 var errSaid = errors.New("see above")
 
-// memoryGoal is what boot's memory grows to before the collector works harder,
-// in bytes. Well above half of it is chunks, which the collector need not look
-// into. A limit is better here than a lower GOGC: a start, which needs little,
-// then collects nothing.
-const memoryGoal = 40 << 20
-
 // exitError is a failure with the exit status that it ends the container with.
 type exitError struct {
 	status int
@@ -66,7 +59,6 @@ func Main() int {
 	if isAppInit() {
 		return reportToBoot(appInit())
 	}
-	ownMemorySettings()
 	level, err := logLevel(os.Getenv("BOOTFS_LOG"))
 	out := newConsole(os.Stderr, level)
 	defer out.flush()
@@ -84,13 +76,6 @@ func Main() int {
 		return e.status
 	}
 	return exitBoot
-}
-
-// ownMemorySettings undoes what the Go runtime took from the environment: GOGC
-// and GOMEMLIMIT there are the app's, made for its heap and not for boot's.
-func ownMemorySettings() {
-	debug.SetGCPercent(100)
-	debug.SetMemoryLimit(memoryGoal)
 }
 
 func run(out *console) (int, error) {
@@ -187,7 +172,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	// From here on the network is used. The app's own exec is its first reader.
 	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
 	prefetch := startPrefetch(content, settings, out.log)
-	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, signals)
+	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, content.memory.appScore(), signals)
 	if err != nil {
 		return 0, err
 	}

@@ -40,13 +40,14 @@ type content struct {
 	fetcher     *chunkstore.Fetcher
 	image       *lazy.Image
 	server      *mount.Server
+	memory      memory
 	sharedCache bool // the cache outlives the container
 	s3Variables bool // the variables with credentials for S3 are boot's, not the app's
 	log         *logger
 }
 
 func openContent(config *bootimage.Config, s *settings, log *logger) (*content, error) {
-	c := &content{config: config, log: log}
+	c := &content{config: config, memory: ownMemory(), log: log}
 	rawIndex, err := mapFile(bootimage.IndexPath)
 	if err != nil {
 		return nil, err
@@ -83,7 +84,7 @@ func (c *content) openFetcher(ownCache bool) {
 		o.Cache = cache
 	}
 	c.fetcher = chunkstore.NewFetcher(o)
-	c.image = lazy.New(c.index, c.fetcher, lazy.Options{})
+	c.image = lazy.New(c.index, c.fetcher, lazy.Options{Memory: c.memory.chunks()})
 }
 
 func readConfig(path string) (*bootimage.Config, error) {
