@@ -24,6 +24,7 @@ setfacl          acl
 getcap           libcap2-bin
 ip               iproute2
 nsenter          util-linux
+strace           strace
 mkfs.ext4        e2fsprogs
 '
 missing=()

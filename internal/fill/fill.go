@@ -150,12 +150,25 @@ func (f *filler) open(dir string) error {
 	if err != nil {
 		return fmt.Errorf("open it: %w", err)
 	}
+	if here, there := mountOf(fd), mountOf(f.journal.fd()); here != there {
+		unix.Close(fd)
+		return fmt.Errorf("%s is not in the mount that is filled: %w", f.o.State, unix.EXDEV)
+	}
 	limit := openFiles()
 	f.dirs.init(f.plan, fd, limit)
 	f.files.init(limit)
 	f.owner = owner{uint32(unix.Geteuid()), uint32(unix.Getegid()), umask()}
 	f.progress.init(f.plan, f.journal, f.o.Progress)
 	return nil
+}
+
+// mountOf names the mount of an open directory; 0 if the kernel does not.
+func mountOf(fd int) uint64 {
+	var st unix.Statx_t
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st); err != nil || st.Mask&unix.STATX_MNT_ID == 0 {
+		return 0
+	}
+	return st.Mnt_id
 }
 
 func (f *filler) close() {

@@ -37,13 +37,21 @@ var sizes = chunker.Params{Min: 1 << 10, Avg: 4 << 10, Max: 16 << 10}
 
 func newImage(t testing.TB, tr *tree.Tree) *image {
 	t.Helper()
-	p, err := rootimage.New(tr)
+	m, err := makeImage(tr)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return m
+}
+
+func makeImage(tr *tree.Tree) (*image, error) {
+	p, err := rootimage.New(tr)
+	if err != nil {
+		return nil, err
+	}
 	cutter, err := chunker.New(sizes)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	m := &image{meta: p.Meta(), chunks: make(map[index.ID][]byte)}
 	var file bytes.Buffer
@@ -52,25 +60,23 @@ func newImage(t testing.TB, tr *tree.Tree) *image {
 		r := p.Open(u)
 		var unit bytes.Buffer
 		if _, err := unit.ReadFrom(r); err != nil {
-			t.Fatal(err)
+			return nil, err
 		}
 		for b := unit.Bytes(); len(b) > 0; {
 			n := cutter.Cut(b)
 			id := index.SHA256.Sum(b[:n])
 			m.chunks[id] = bytes.Clone(b[:n])
 			if err := w.Append(id, n); err != nil {
-				t.Fatal(err)
+				return nil, err
 			}
 			b = b[n:]
 		}
 	}
 	if err := w.Close(); err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	if m.x, err = index.Open(file.Bytes()); err != nil {
-		t.Fatal(err)
-	}
-	return m
+	m.x, err = index.Open(file.Bytes())
+	return m, err
 }
 
 func (m *image) Fetch(ctx context.Context, c index.Chunk, dst []byte) ([]byte, error) {
@@ -108,14 +114,18 @@ func (m *image) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i i
 	return missing
 }
 
-// fill writes m below a new directory and returns it.
-func (m *image) fill(t *testing.T, dir string, o Options) (Report, error) {
+// fill writes m below dir, with the state in .state there.
+func (m *image) fill(t testing.TB, dir string, o Options) (Report, error) {
 	t.Helper()
+	return m.root(t.Context(), dir, o)
+}
+
+func (m *image) root(ctx context.Context, dir string, o Options) (Report, error) {
 	o.Meta, o.Index, o.Fetcher = m.meta, m.x, m
 	if o.State == "" {
 		o.State = filepath.Join(dir, ".state")
 	}
-	return Root(t.Context(), dir, o)
+	return Root(ctx, dir, o)
 }
 
 func dirNode(entries map[string]*tree.Inode) *tree.Inode {

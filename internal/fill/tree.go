@@ -255,8 +255,6 @@ func (f *filler) place(aside string, dir int, name string) error {
 		switch {
 		case errors.Is(err, unix.EBUSY):
 			return errMounted
-		case errors.Is(err, unix.EXDEV):
-			return fmt.Errorf("%s is not in the mount that is filled: %w", f.o.State, err)
 		case !errors.Is(err, unix.EISDIR):
 			return err
 		}
