@@ -63,6 +63,7 @@ func BenchmarkFill(b *testing.B) {
 	img := opened.Images[0]
 
 	archive := filepath.Join(dir, "root.tar")
+	var syncs []float64
 	ways := []struct {
 		name string
 		do   func(out string) // into a new directory
@@ -71,10 +72,11 @@ func BenchmarkFill(b *testing.B) {
 			f, err := img.Fetcher(nil)
 			check(err)
 			defer f.Close()
-			_, err = fill.Root(ctx, out, fill.Options{
+			r, err := fill.Root(ctx, out, fill.Options{
 				Meta: img.Meta, Index: img.Index, Fetcher: f, Order: img.Locators.PackOrder(), State: filepath.Join(out, ".state"),
 			})
 			check(err)
+			syncs = append(syncs, r.Sync.Seconds())
 		}},
 		{"pull", func(string) {
 			_, err := docker.Output(ctx, "pull", "--quiet", source)
@@ -113,6 +115,8 @@ func BenchmarkFill(b *testing.B) {
 		slices.Sort(seconds[i])
 		b.ReportMetric(seconds[i][len(seconds[i])/2], "s/"+way.name)
 	}
+	slices.Sort(syncs)
+	b.ReportMetric(syncs[len(syncs)/2], "s/fill-sync")
 	b.ReportMetric(0, "ns/op")
 }
 

@@ -248,10 +248,11 @@ type progress struct {
 	done    atomic.Int64
 	resumed int64
 	total   int64
+	flush   chan struct{} // gets one now and then when done grows
 }
 
 func (p *progress) init(plan *plan, j *journal, fn func(done, total int64)) {
-	p.fn = fn
+	p.fn, p.flush = fn, make(chan struct{}, 1)
 	for i := range plan.x.Len() {
 		c, err := plan.x.At(i)
 		if err != nil {
@@ -273,6 +274,12 @@ func (p *progress) init(plan *plan, j *journal, fn func(done, total int64)) {
 
 func (p *progress) add(n int64) {
 	done := p.done.Add(n)
+	if done/flushBytes != (done-n)/flushBytes {
+		select {
+		case p.flush <- struct{}{}:
+		default:
+		}
+	}
 	if p.fn != nil {
 		p.fn(done, p.total)
 	}

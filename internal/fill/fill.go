@@ -67,10 +67,11 @@ const DefaultPatience = 60 * time.Second
 
 // Report says what Root has done.
 type Report struct {
-	Files   int64    // inodes of the image that are in place
-	Bytes   int64    // of files, that this call has put in place
-	Resumed int64    // bytes of files that an earlier call had put in place
-	Left    []string // what could not be made and why, a line for each kind; no error
+	Files   int64         // inodes of the image that are in place
+	Bytes   int64         // of files, that this call has put in place
+	Resumed int64         // bytes of files that an earlier call had put in place
+	Sync    time.Duration // of the call, that waiting for the disk took in the end
+	Left    []string      // what could not be made and why, a line for each kind; no error
 }
 
 // errStale says that what an earlier call left is not what its journal says.
@@ -133,6 +134,7 @@ type filler struct {
 	files    files
 	owner    owner
 	left     left
+	sync     time.Duration
 	dirsMade chan struct{}   // closed when all directories stand
 	moved    map[uint32]name // regular files whose first name is below a mount; made before dirsMade
 
@@ -181,6 +183,7 @@ func (f *filler) report() Report {
 		Files:   f.inodes,
 		Bytes:   f.progress.done.Load() - f.progress.resumed,
 		Resumed: f.progress.resumed,
+		Sync:    f.sync,
 		Left:    f.left.lines(),
 	}
 }

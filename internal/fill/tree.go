@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -17,6 +18,26 @@ import (
 
 // run fills the root.
 func (f *filler) run(ctx context.Context) error {
+	full, flushed := make(chan struct{}), make(chan error, 1)
+	go func() { flushed <- f.flush(full) }()
+	err := f.fill(ctx)
+	close(full)
+	began := time.Now()
+	if failed := <-flushed; err == nil {
+		err = failed
+	}
+	if err == nil {
+		err = f.syncfs()
+	}
+	if err != nil {
+		return err
+	}
+	f.sync = time.Since(began)
+	return f.journal.finish()
+}
+
+// fill makes the tree, that which comes last at the end.
+func (f *filler) fill(ctx context.Context) error {
 	g, running := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		if err := f.makeDirs(running); err != nil {
@@ -26,10 +47,10 @@ func (f *filler) run(ctx context.Context) error {
 		return f.each(running, f.others, false, f.makeOther)
 	})
 	g.Go(func() error { return f.fetchAll(running) })
-	if err := g.Wait(); err != nil {
-		return err
+	err := g.Wait()
+	if err == nil {
+		err = f.makeLinks(ctx, false)
 	}
-	err := f.makeLinks(ctx, false)
 	if err == nil {
 		err = f.makeLast(ctx)
 	}
@@ -39,13 +60,40 @@ func (f *filler) run(ctx context.Context) error {
 	if err == nil {
 		err = f.finishDirs(ctx)
 	}
+	return err
+}
+
+// flushBytes is after how many bytes of files they are sent to the disk.
+const flushBytes = 32 << 20
+
+// flush sends to the disk what is written while more is on its way, so that
+// little is left to wait for in the end: the kernel itself would not begin for
+// half a minute.
+func (f *filler) flush(full <-chan struct{}) error {
+	for last := f.progress.resumed; ; {
+		select {
+		case <-full:
+			return nil
+		case <-f.progress.flush:
+		}
+		if done := f.progress.done.Load(); done-last >= flushBytes {
+			last = done
+			if err := f.syncfs(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// syncfs waits until all that was written is on the disk. A failure is told
+// once, and may be that of anything written before: what the journal says of it
+// is no longer true.
+func (f *filler) syncfs() error {
+	err := unix.Syncfs(f.dirs.root)
 	if err != nil {
-		return err
+		err = errors.Join(fmt.Errorf("write it to disk: %w", err), f.journal.file.Truncate(0))
 	}
-	if err := unix.Syncfs(f.dirs.root); err != nil {
-		return fmt.Errorf("write it to disk: %w", err)
-	}
-	return f.journal.finish()
+	return err
 }
 
 // at opens the directory of n, if it is one of the root's own, and calls fn
