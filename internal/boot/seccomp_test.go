@@ -2,8 +2,15 @@ package boot
 
 import (
 	"encoding/binary"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/moby/profiles/seccomp"
@@ -48,44 +55,104 @@ func verdict(t *testing.T, program []unix.SockFilter, arch, number uint32, arg0 
 	return 0
 }
 
-// TestFilterIsTheEnginesDifference compares the filter with what Docker's
-// default profile allows a container because of CAP_SYS_ADMIN.
-func TestFilterIsTheEnginesDifference(t *testing.T) {
-	if runtime.GOARCH != "amd64" {
-		t.Fatalf("system call names are known here for amd64, not for %s", runtime.GOARCH)
+// engineAllows returns the system calls that Docker's default profile allows a
+// container with the capabilities, whatever their arguments.
+func engineAllows(t *testing.T, caps ...string) map[string]bool {
+	t.Helper()
+	spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: caps}}}
+	profile, err := seccomp.GetDefaultProfile(spec)
+	if err != nil {
+		t.Fatal(err)
 	}
-	allowed := func(caps ...string) map[string]bool {
-		spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{Bounding: caps}}}
-		profile, err := seccomp.GetDefaultProfile(spec)
+	names := make(map[string]bool)
+	for _, call := range profile.Syscalls {
+		if call.Action == specs.ActAllow && len(call.Args) == 0 {
+			for _, name := range call.Names {
+				names[name] = true
+			}
+		}
+	}
+	return names
+}
+
+// systemCalls returns the numbers of all system calls of an architecture that
+// golang.org/x/sys knows.
+func systemCalls(t *testing.T, arch string) map[string]uint32 {
+	t.Helper()
+	dir, err := exec.Command("go", "list", "-m", "-f", "{{.Dir}}", "golang.org/x/sys").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := readText(t, filepath.Join(strings.TrimSpace(string(dir)), "unix", "zsysnum_linux_"+arch+".go"))
+	calls := make(map[string]uint32)
+	for _, m := range regexp.MustCompile(`(?m)^\tSYS_(\w+) += (\d+)$`).FindAllStringSubmatch(text, -1) {
+		n, err := strconv.ParseUint(m[2], 10, 32)
 		if err != nil {
 			t.Fatal(err)
 		}
-		names := make(map[string]bool)
-		for _, call := range profile.Syscalls {
-			if call.Action == specs.ActAllow && len(call.Args) == 0 {
-				for _, name := range call.Names {
-					names[name] = true
-				}
-			}
-		}
-		return names
+		calls[strings.ToLower(m[1])] = uint32(n)
 	}
+	if len(calls) < 300 || calls["listns"] == 0 {
+		t.Fatalf("%s: %d system calls, want those of Linux 6.18 among them", arch, len(calls))
+	}
+	return calls
+}
+
+func readText(t *testing.T, path string) string {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// TestFilterIsTheEnginesDifference compares the filter with what Docker's
+// default profile allows a container because of CAP_SYS_ADMIN, for every system
+// call that there is.
+func TestFilterIsTheEnginesDifference(t *testing.T) {
+	calls := systemCalls(t, runtime.GOARCH)
+	arch := machine()[0].arch
 	for _, kept := range [][]string{nil, {"CAP_BPF"}, {"CAP_PERFMON"}, {"CAP_SYSLOG"}} {
-		with := allowed(append([]string{"CAP_SYS_ADMIN"}, kept...)...)
-		without := allowed(kept...)
+		with := engineAllows(t, append([]string{"CAP_SYS_ADMIN"}, kept...)...)
+		without := engineAllows(t, kept...)
 		program := assemble(machine(), func(c capability.Cap) bool { return slices.Contains(kept, "CAP_"+upper(c.String())) })
-		for name, number := range amd64Calls {
-			refused := verdict(t, program, unix.AUDIT_ARCH_X86_64, number, 0) != unix.SECCOMP_RET_ALLOW
+		for name, number := range calls {
+			refused := verdict(t, program, arch, number, 0) != unix.SECCOMP_RET_ALLOW
 			// clone without namespaces stays allowed: it is conditional there.
 			want := with[name] && !without[name] && name != "clone"
 			if refused != want {
 				t.Errorf("keeping %v: %s refused: %v, want %v", kept, name, refused, want)
 			}
 		}
-		for name := range with {
-			if _, known := amd64Calls[name]; !without[name] && !known && name != "umount" {
-				t.Errorf("the profile's %s is not in the test's table", name)
+	}
+}
+
+// TestTablesOfAllMachines finds every call that engines allow because of
+// CAP_SYS_ADMIN in the tables of every architecture, as their sources have them.
+func TestTablesOfAllMachines(t *testing.T) {
+	with, without := engineAllows(t, "CAP_SYS_ADMIN"), engineAllows(t)
+	common := readText(t, "seccomp.go")
+	for arch, table := range map[string]string{
+		"amd64": common, "arm64": common, "riscv64": common,
+		"ppc64le": common + readText(t, "seccomp_ppc64le.go"), "s390x": common + readText(t, "seccomp_s390x.go"),
+		"386": readText(t, "seccomp_i386_amd64.go"), "arm": readText(t, "seccomp_arm_arm64.go"),
+	} {
+		calls := systemCalls(t, arch)
+		for name, number := range calls {
+			if !with[name] || without[name] || name == "clone" {
+				continue
 			}
+			written := regexp.MustCompile(`unix\.SYS_` + strings.ToUpper(name) + `\b`)
+			if arch == "386" || arch == "arm" {
+				written = regexp.MustCompile(fmt.Sprintf(`\{%d, .*// %s\n`, number, name))
+			}
+			if !written.MatchString(table) {
+				t.Errorf("%s: %s, number %d, is missing", arch, name, number)
+			}
+		}
+		if _, number, _ := strings.Cut(table, "clone: "); (arch == "386" || arch == "arm") && !strings.HasPrefix(strings.TrimSpace(number), fmt.Sprint(calls["clone"])) {
+			t.Errorf("%s: clone is %d", arch, calls["clone"])
 		}
 	}
 }
@@ -98,16 +165,6 @@ func upper(s string) string {
 		}
 	}
 	return string(b)
-}
-
-// amd64Calls holds what the profile makes depend on CAP_SYS_ADMIN, and some
-// that it does not.
-var amd64Calls = map[string]uint32{
-	"bpf": 321, "clone": 56, "clone3": 435, "fanotify_init": 300, "fsconfig": 431, "fsmount": 432, "fsopen": 430,
-	"fspick": 433, "lookup_dcookie": 212, "lsm_get_self_attr": 459, "lsm_set_self_attr": 460, "lsm_list_modules": 461,
-	"mount": 165, "mount_setattr": 442, "move_mount": 429, "open_tree": 428, "perf_event_open": 298, "quotactl": 179,
-	"quotactl_fd": 443, "setdomainname": 171, "sethostname": 170, "setns": 308, "syslog": 103, "umount2": 166, "unshare": 272,
-	"read": 0, "execve": 59, "openat": 257, "fork": 57, "ptrace": 101, "chroot": 161,
 }
 
 func TestFilterOfClone(t *testing.T) {
