@@ -213,3 +213,29 @@ func TestOverlayErrors(t *testing.T) {
 		t.Errorf("got %v, want an error that names the target", err)
 	}
 }
+
+// A file with holes keeps them when it is copied up: 1 TiB would not fit.
+func TestOverlayCopiesNoHoles(t *testing.T) {
+	s := serve(t, testTree(t), nil)
+	target, _ := overlayOf(t, s.dir)
+	f, err := os.OpenFile(filepath.Join(target, "sparse"), os.O_RDWR|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteString("tail"); err != nil {
+		t.Fatal(err)
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	// Each of its three pieces is copied with the block of the image around it.
+	if st.Size != 1<<40+4 || st.Blocks*512 > 128<<20 {
+		t.Errorf("%d bytes in %d blocks, want %d and at most 128 MiB", st.Size, st.Blocks, 1<<40+4)
+	}
+	got := make([]byte, 304)
+	if _, err := f.ReadAt(got, 1<<40-300); err != nil || !bytes.Equal(got, append(noise(1, 300), "tail"...)) {
+		t.Errorf("its end differs, %v", err)
+	}
+}
