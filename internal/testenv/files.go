@@ -1,0 +1,169 @@
+package testenv
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"runtime"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// denseSize is the size of the large file of the files image, in bytes.
+const denseSize = 200 << 20
+
+// FilesImage returns an OCI layout with the small image and, below /lower, what
+// fsprobe works on: that program itself, a file of 200 MiB, 20,000 files in one
+// directory, names, modes and attributes of every kind.
+func (c *Cache) FilesImage(ctx context.Context) (string, error) {
+	busybox, applets, err := staticBusybox(ctx)
+	if err != nil {
+		return "", err
+	}
+	programs := map[string][]byte{}
+	narrow := map[string]string{"amd64": "386", "arm64": "arm/v7"}[runtime.GOARCH]
+	for name, of := range map[string]struct{ pkg, arch string }{
+		"testapp": {"testapp", runtime.GOARCH}, "fsprobe": {"fsprobe", runtime.GOARCH}, "testapp32": {"testapp", narrow},
+	} {
+		if programs[name], err = c.compile(ctx, of.pkg, "linux/"+of.arch); err != nil {
+			return "", err
+		}
+	}
+	small := smallFiles(busybox, applets, programs["testapp"])
+	var lower bytes.Buffer
+	if err := entries(lowerFiles(programs)...)(&lower); err != nil {
+		return "", err
+	}
+	return c.layout(ctx, "files-image", []imageSource{{
+		platform: "linux/" + runtime.GOARCH,
+		config:   v1.Config{Cmd: []string{"sh"}, Env: []string{"PATH=/usr/local/bin:/usr/bin:/bin"}},
+		layers: []layerSource{
+			{"busybox and files of every kind", entries(small...)},
+			{"files for fsprobe", func(w io.Writer) error { _, err := w.Write(lower.Bytes()); return err }},
+			{"a large file", entries(entry{name: "lower", typ: tar.TypeDir, mode: 0o755, mtime: made},
+				entry{name: "lower/dense", mode: 0o644, mtime: made, data: lines(denseSize)})},
+		},
+		recipe: fmt.Sprintf("%x %x %d", sha256.Sum256(busybox), sha256.Sum256(lower.Bytes()), denseSize),
+	}})
+}
+
+// lines is size bytes of text, each line another one.
+func lines(size int) []byte {
+	b := make([]byte, 0, size+64)
+	for i := 0; len(b) < size; i++ {
+		b = fmt.Appendf(b, "line %d of a file that compresses well\n", i*2654435761)
+	}
+	return b[:size]
+}
+
+func lowerFiles(programs map[string][]byte) []entry {
+	dir := func(name string, mode int64) entry {
+		return entry{name: "lower/" + name, typ: tar.TypeDir, mode: mode, mtime: made}
+	}
+	file := func(name string, mode int64, data []byte) entry {
+		return entry{name: "lower/" + name, mode: mode, mtime: made, data: data}
+	}
+	symlink := func(name, target string) entry {
+		return entry{name: "lower/" + name, typ: tar.TypeSymlink, mode: 0o777, link: target, mtime: made}
+	}
+	hard := func(name, to string) entry {
+		return entry{name: "lower/" + name, typ: tar.TypeLink, mode: 0o644, link: "lower/" + to, mtime: made}
+	}
+	with := func(e entry, xattr, value string) entry {
+		e.xattrs = map[string]string{xattr: value}
+		return e
+	}
+	text := lines(20000)
+	hole := append(append(lines(1<<20), make([]byte, 16<<20)...), lines(1<<20)...)
+	group, theirs := file("group", 0o664, text), file("theirs", 0o644, text)
+	group.gid, theirs.uid = 50, SmallUser
+	sticky := file("sticky/theirs", 0o666, text)
+	setgid := dir("setgid", 0o2777)
+	setgid.gid = 50
+	old := file("old", 0o644, text)
+	old.mtime = time.Unix(-86400, 123456789)
+
+	all := []entry{
+		{name: "lower", typ: tar.TypeDir, mode: 0o755, mtime: made},
+		file("fsprobe", 0o755, programs["fsprobe"]),
+		file("setuid", 0o4755, programs["fsprobe"]),
+		file("testapp32", 0o755, programs["testapp32"]),
+		symlink("probe-link", "fsprobe"),
+		file("script", 0o755, []byte("#!/bin/sh\necho \"$0: $# arguments: $*\"\n")),
+		file("chain", 0o755, []byte("#!/lower/script option\n")),
+		file("orphan", 0o755, []byte("#!/no/such/interpreter\n")),
+		file("empty", 0o755, nil),
+		file("text", 0o644, text),
+		file("log", 0o644, []byte("the first line\n")),
+		file("holes", 0o644, hole),
+		file("private", 0o600, text),
+		dir("private-dir", 0o700),
+		file("private-dir/inside", 0o644, text),
+		group, theirs, old, setgid,
+		dir("sticky", 0o1777),
+		sticky,
+		symlink("symlink", "text"),
+		symlink("loop", "loop"),
+		symlink("long", strings.Repeat("t", 1000)),
+		dir("dir", 0o755),
+		file("dir/locked", 0o644, text),
+		dir("dir/sub", 0o755),
+		file("dir/sub/file", 0o644, text),
+		dir("hard", 0o755),
+		file("hard/a", 0o644, []byte("three names\n")),
+		hard("hard/b", "hard/a"),
+		dir("hard/sub", 0o755),
+		hard("hard/sub/c", "hard/a"),
+		dir("kinds", 0o755),
+		{name: "lower/kinds/fifo", typ: tar.TypeFifo, mode: 0o620, gid: 5, mtime: made},
+		{name: "lower/kinds/null", typ: tar.TypeChar, mode: 0o666, major: 1, minor: 3, mtime: made},
+		symlink("kinds/symlink", "file"),
+		file("kinds/file", 0o644, nil),
+		dir("kinds/dir", 0o755),
+		dir("xattrs", 0o755),
+		with(file("xattrs/user", 0o644, text), "user.note", "kept"),
+		with(file("xattrs/capability", 0o755, text), "security.capability", capability(13)),
+		with(file("xattrs/acl", 0o640, text), "system.posix_acl_access", accessACL(33)),
+		with(dir("xattrs/dir", 0o755), "user.of", "a directory"),
+		dir("white", 0o755),
+		file("white/file", 0o644, text),
+		file("white/open", 0o644, text),
+		symlink("white/link", "file"),
+		dir("white/cwd", 0o755),
+		dir("white/sub", 0o755),
+		file("white/sub/inside", 0o644, text),
+		dir("white/sub/deeper", 0o755),
+		dir("rename", 0o755),
+		dir("rename/dir", 0o755),
+		file("rename/dir/inside", 0o644, text),
+		dir("rename/empty", 0o755),
+		dir("copy", 0o755),
+		dir("names", 0o755),
+		dir("many", 0o755),
+	}
+	for i := 1; i <= 9; i++ {
+		all = append(all, file(fmt.Sprint("rename/", i), 0o644, fmt.Append(text, i)))
+	}
+	for _, name := range []string{"truncate to 0", "truncate to less", "truncate to more", "open with O_TRUNC", "write in the middle",
+		"chmod", "chown", "chmod and write", "setxattr", "open for writing and nothing more"} {
+		all = append(all, file("copy/"+name, 0o644, text))
+	}
+	for _, name := range []string{"\xff\xfe", "a\nb", " ", "-rf", "...", `\`, "é", strings.Repeat("n", 255)} {
+		all = append(all, file("names/"+name, 0o644, []byte(name)))
+	}
+	deep := "deep"
+	for range 19 {
+		all = append(all, dir(deep, 0o755))
+		deep += "/" + strings.Repeat("d", 200)
+	}
+	all = append(all, dir(deep, 0o755), file(deep+"/bottom", 0o644, []byte("deep")))
+	for i := range 20000 {
+		all = append(all, file(fmt.Sprintf("many/%05d", i), 0o644, nil))
+	}
+	return all
+}
