@@ -164,6 +164,11 @@ var smallConfigs = map[string]v1.Config{
 	"plain": {Cmd: []string{"sh"}, Env: []string{smallPath}},
 }
 
+// fidelityLayouts are further images that rows run, by name.
+var fidelityLayouts = map[string]func(*testenv.Cache, context.Context) (string, error){
+	"files": (*testenv.Cache).FilesImage,
+}
+
 // python is the name of the image with Python on Debian.
 const python = "python"
 
@@ -179,8 +184,10 @@ func fidelityImage(t *testing.T, name string) (source, converted string) {
 	if name == python {
 		return w.source, w.image
 	}
-	config, ok := smallConfigs[name]
-	if !ok {
+	layout, ok := fidelityLayouts[name]
+	if config, small := smallConfigs[name]; small {
+		layout = func(c *testenv.Cache, ctx context.Context) (string, error) { return c.SmallImage(ctx, name, config) }
+	} else if !ok {
 		t.Fatalf("no image of the name %s", name)
 	}
 	f := &fidelityImages
@@ -193,7 +200,7 @@ func fidelityImage(t *testing.T, name string) (source, converted string) {
 		var source, converted string
 		var err error
 		f.made[name] = func() (string, string, error) {
-			once.Do(func() { source, converted, err = makeSmall(name, config) })
+			once.Do(func() { source, converted, err = makeImages(name, layout) })
 			return source, converted, err
 		}
 	}
@@ -206,21 +213,21 @@ func fidelityImage(t *testing.T, name string) (source, converted string) {
 	return source, converted
 }
 
-func makeSmall(name string, config v1.Config) (source, converted string, err error) {
+func makeImages(name string, layout func(*testenv.Cache, context.Context) (string, error)) (source, converted string, err error) {
 	ctx := context.Background()
 	cache, err := testenv.OpenCache()
 	if err != nil {
 		return "", "", err
 	}
-	layout, err := cache.SmallImage(ctx, name, config)
+	dir, err := layout(cache, ctx)
 	if err != nil {
 		return "", "", err
 	}
 	source, converted = w.proxy.address+"/small:"+name, w.proxy.address+"/small:"+name+"-converted"
-	if err := testenv.Push(ctx, layout, source); err != nil {
+	if err := testenv.Push(ctx, dir, source); err != nil {
 		return "", "", err
 	}
-	if out, err := w.command("--boot", w.boot, "oci:"+layout, converted).CombinedOutput(); err != nil {
+	if out, err := w.command("--boot", w.boot, "oci:"+dir, converted).CombinedOutput(); err != nil {
 		return "", "", fmt.Errorf("convert: %w\n%s", err, out)
 	}
 	for _, image := range []string{source, converted} {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -17,9 +18,16 @@ import (
 // denseSize is the size of the large file of the files image, in bytes.
 const denseSize = 200 << 20
 
-// FilesImage returns an OCI layout with the small image and, below /lower, what
-// fsprobe works on: that program itself, a file of 200 MiB, 20,000 files in one
-// directory, names, modes and attributes of every kind.
+// ProbeGroups are the groups of calls of fsprobe.
+var ProbeGroups = []string{
+	"copyup", "writers", "rename", "renamedir", "whiteouts", "links", "sparse", "copying", "range", "direct", "mmap", "locks", "watches", "dirs",
+	"times", "metadata", "ancient", "xattrs", "acls", "users", "special", "names", "exec", "many", "identity", "replaced", "statfs", "refused",
+}
+
+// FilesImage returns an OCI layout with the small image, fsprobe in /bin and,
+// below /trees, what its groups work on: files, directories, names, modes and
+// attributes of every kind for each, a file of 200 MiB, 5,000 files in one
+// directory.
 func (c *Cache) FilesImage(ctx context.Context) (string, error) {
 	busybox, applets, err := staticBusybox(ctx)
 	if err != nil {
@@ -36,7 +44,15 @@ func (c *Cache) FilesImage(ctx context.Context) (string, error) {
 	}
 	small := smallFiles(busybox, applets, programs["testapp"])
 	var lower bytes.Buffer
-	if err := entries(lowerFiles(programs)...)(&lower); err != nil {
+	files := []entry{
+		{name: "bin", typ: tar.TypeDir, mode: 0o755, mtime: made},
+		{name: "bin/fsprobe", mode: 0o755, mtime: made, data: programs["fsprobe"]},
+		{name: "trees", typ: tar.TypeDir, mode: 0o755, mtime: made},
+	}
+	for _, group := range ProbeGroups {
+		files = append(files, probeFiles(group, programs)...)
+	}
+	if err := entries(files...)(&lower); err != nil {
 		return "", err
 	}
 	return c.layout(ctx, "files-image", []imageSource{{
@@ -44,9 +60,12 @@ func (c *Cache) FilesImage(ctx context.Context) (string, error) {
 		config:   v1.Config{Cmd: []string{"sh"}, Env: []string{"PATH=/usr/local/bin:/usr/bin:/bin"}},
 		layers: []layerSource{
 			{"busybox and files of every kind", entries(small...)},
-			{"files for fsprobe", func(w io.Writer) error { _, err := w.Write(lower.Bytes()); return err }},
-			{"a large file", entries(entry{name: "lower", typ: tar.TypeDir, mode: 0o755, mtime: made},
-				entry{name: "lower/dense", mode: 0o644, mtime: made, data: lines(denseSize)})},
+			{"fsprobe and its files", func(w io.Writer) error { _, err := w.Write(lower.Bytes()); return err }},
+			{"a large file", entries(
+				entry{name: "trees", typ: tar.TypeDir, mode: 0o755, mtime: made},
+				entry{name: "trees/copyup", typ: tar.TypeDir, mode: 0o755, mtime: made},
+				entry{name: "trees/copyup/dense", mode: 0o644, mtime: made, data: lines(denseSize)},
+			)},
 		},
 		recipe: fmt.Sprintf("%x %x %d", sha256.Sum256(busybox), sha256.Sum256(lower.Bytes()), denseSize),
 	}})
@@ -61,38 +80,39 @@ func lines(size int) []byte {
 	return b[:size]
 }
 
-func lowerFiles(programs map[string][]byte) []entry {
+// probeFiles are what a group of fsprobe finds at /lower.
+func probeFiles(group string, programs map[string][]byte) []entry {
+	const needPrograms, needMany = "copyup users special exec", "whiteouts dirs"
+	root := "trees/" + group
 	dir := func(name string, mode int64) entry {
-		return entry{name: "lower/" + name, typ: tar.TypeDir, mode: mode, mtime: made}
+		return entry{name: root + "/" + name, typ: tar.TypeDir, mode: mode, mtime: made}
 	}
 	file := func(name string, mode int64, data []byte) entry {
-		return entry{name: "lower/" + name, mode: mode, mtime: made, data: data}
+		return entry{name: root + "/" + name, mode: mode, mtime: made, data: data}
 	}
 	symlink := func(name, target string) entry {
-		return entry{name: "lower/" + name, typ: tar.TypeSymlink, mode: 0o777, link: target, mtime: made}
+		return entry{name: root + "/" + name, typ: tar.TypeSymlink, mode: 0o777, link: target, mtime: made}
 	}
 	hard := func(name, to string) entry {
-		return entry{name: "lower/" + name, typ: tar.TypeLink, mode: 0o644, link: "lower/" + to, mtime: made}
+		return entry{name: root + "/" + name, typ: tar.TypeLink, mode: 0o644, link: root + "/" + to, mtime: made}
 	}
 	with := func(e entry, xattr, value string) entry {
 		e.xattrs = map[string]string{xattr: value}
 		return e
 	}
 	text := lines(20000)
-	hole := append(append(lines(1<<20), make([]byte, 16<<20)...), lines(1<<20)...)
-	group, theirs := file("group", 0o664, text), file("theirs", 0o644, text)
-	group.gid, theirs.uid = 50, SmallUser
+	shared, theirs := file("group", 0o664, text), file("theirs", 0o644, text)
+	shared.gid, theirs.uid = 50, SmallUser
 	sticky := file("sticky/theirs", 0o666, text)
 	setgid := dir("setgid", 0o2777)
 	setgid.gid = 50
 	old := file("old", 0o644, text)
-	old.mtime = time.Unix(-86400, 123456789)
+	old.mtime = time.Unix(1e9, 123456789)
+	ancient := file("ancient", 0o644, text)
+	ancient.mtime = time.Unix(-86400*365*5, 0)
 
 	all := []entry{
-		{name: "lower", typ: tar.TypeDir, mode: 0o755, mtime: made},
-		file("fsprobe", 0o755, programs["fsprobe"]),
-		file("setuid", 0o4755, programs["fsprobe"]),
-		file("testapp32", 0o755, programs["testapp32"]),
+		{name: root, typ: tar.TypeDir, mode: 0o755, mtime: made},
 		symlink("probe-link", "fsprobe"),
 		file("script", 0o755, []byte("#!/bin/sh\necho \"$0: $# arguments: $*\"\n")),
 		file("chain", 0o755, []byte("#!/lower/script option\n")),
@@ -100,11 +120,10 @@ func lowerFiles(programs map[string][]byte) []entry {
 		file("empty", 0o755, nil),
 		file("text", 0o644, text),
 		file("log", 0o644, []byte("the first line\n")),
-		file("holes", 0o644, hole),
 		file("private", 0o600, text),
 		dir("private-dir", 0o700),
 		file("private-dir/inside", 0o644, text),
-		group, theirs, old, setgid,
+		shared, theirs, old, ancient, setgid,
 		dir("sticky", 0o1777),
 		sticky,
 		symlink("symlink", "text"),
@@ -120,8 +139,8 @@ func lowerFiles(programs map[string][]byte) []entry {
 		dir("hard/sub", 0o755),
 		hard("hard/sub/c", "hard/a"),
 		dir("kinds", 0o755),
-		{name: "lower/kinds/fifo", typ: tar.TypeFifo, mode: 0o620, gid: 5, mtime: made},
-		{name: "lower/kinds/null", typ: tar.TypeChar, mode: 0o666, major: 1, minor: 3, mtime: made},
+		{name: root + "/kinds/fifo", typ: tar.TypeFifo, mode: 0o620, gid: 5, mtime: made},
+		{name: root + "/kinds/null", typ: tar.TypeChar, mode: 0o666, major: 1, minor: 3, mtime: made},
 		symlink("kinds/symlink", "file"),
 		file("kinds/file", 0o644, nil),
 		dir("kinds/dir", 0o755),
@@ -162,8 +181,16 @@ func lowerFiles(programs map[string][]byte) []entry {
 		deep += "/" + strings.Repeat("d", 200)
 	}
 	all = append(all, dir(deep, 0o755), file(deep+"/bottom", 0o644, []byte("deep")))
-	for i := range 20000 {
-		all = append(all, file(fmt.Sprintf("many/%05d", i), 0o644, nil))
+	if strings.Contains(needPrograms, group) {
+		all = append(all, file("fsprobe", 0o755, programs["fsprobe"]), file("setuid", 0o4755, programs["fsprobe"]), file("testapp32", 0o755, programs["testapp32"]))
+	}
+	if group == "sparse" {
+		all = append(all, file("holes", 0o644, slices.Concat(text, make([]byte, 16<<20), text)))
+	}
+	if strings.Contains(needMany, group) {
+		for i := range 5000 {
+			all = append(all, file(fmt.Sprintf("many/%05d", i), 0o644, nil))
+		}
 	}
 	return all
 }

@@ -1,9 +1,10 @@
 // Command fsprobe does to the file system it runs on what programs do, system
 // call by system call, and prints what came of it, a line each: two file
-// systems that behave alike give the same lines. It works in /work and on the
-// files below /lower, which are the image's.
+// systems that behave alike give the same lines. Each group of calls works in
+// /work and on /lower, a link to files of the image that are the group's own,
+// and is a process of its own.
 //
-//	fsprobe GROUP    one of the groups in main
+//	fsprobe GROUP...    prints "== GROUP", its lines, and its exit status unless that is 0
 package main
 
 import (
@@ -35,12 +36,15 @@ var groups = map[string]func(){
 	"watches":   watches,
 	"dirs":      directories,
 	"times":     times,
+	"ancient":   beforeEpoch,
 	"xattrs":    xattrs,
 	"acls":      acls,
 	"users":     users,
 	"special":   special,
 	"names":     names,
 	"exec":      execution,
+	"range":     copyRange,
+	"metadata":  metadataFirst,
 	"many":      manyFiles,
 	"identity":  identity,
 	"replaced":  replaced,
@@ -49,20 +53,30 @@ var groups = map[string]func(){
 }
 
 func main() {
-	if len(os.Args) == 3 && os.Args[1] == "child" {
-		child(os.Args[2])
-		return
-	}
-	for _, name := range os.Args[1:] {
-		group, ok := groups[name]
-		if !ok {
-			fmt.Fprintf(os.Stderr, "fsprobe: no group %q\n", name)
-			os.Exit(2)
-		}
+	switch args := os.Args[1:]; {
+	case len(args) == 2 && args[0] == "child":
+		child(args[1])
+	case len(args) == 2 && args[0] == "group":
 		unix.Umask(0o022)
-		check(os.MkdirAll("/work", 0o755))
+		check(os.RemoveAll("/work"))
+		check(os.Mkdir("/work", 0o755))
 		check(os.Chdir("/work"))
-		group()
+		check(os.RemoveAll("/lower"))
+		check(os.Symlink("/trees/"+args[1], "/lower"))
+		groups[args[1]]()
+	default:
+		for _, name := range args {
+			if groups[name] == nil {
+				fmt.Fprintf(os.Stderr, "fsprobe: no group %q\n", name)
+				os.Exit(2)
+			}
+			fmt.Println("==", name)
+			cmd := exec.Command("/proc/self/exe", "group", name)
+			cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
+			if err := cmd.Run(); err != nil {
+				fmt.Println(err)
+			}
+		}
 	}
 }
 
