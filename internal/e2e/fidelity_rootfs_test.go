@@ -32,6 +32,7 @@ var rootfsRows = []row{
 	{what: "times: nanoseconds, before 1970, kept by a copy-up, relatime", do: probe("times")},
 	{what: "a file that the image dates before 1970", do: probe("ancient"), differs: map[string]string{
 		"fuse": "is of that date; Docker makes it 1970",
+		"fill": "is of that date; Docker makes it 1970",
 	}},
 	{what: "a file of the image whose mode or owner was changed is opened for writing and not written", do: probe("metadata"), differs: map[string]string{
 		"fuse": "its mtime is then the present: a changed mode copies no contents, the first opening for writing does; `touch -d` sets it again",
