@@ -113,8 +113,8 @@ func times(n erofs.Inode) [2]unix.Timespec {
 	return [2]unix.Timespec{t, t}
 }
 
-// xattrs calls set for each xattr of n. Those that may not be set here are
-// left, but not because of a fault.
+// xattrs calls set for each xattr of n. Those that cannot be set here are left,
+// unless the disk is full or broken.
 func (f *filler) xattrs(n erofs.Inode, set func(name string, value []byte) error) error {
 	var failed error
 	err := f.r.Xattrs(n, func(name string, value []byte) bool {
@@ -124,7 +124,9 @@ func (f *filler) xattrs(n erofs.Inode, set func(name string, value []byte) error
 		err := set(name, value)
 		switch {
 		case err == nil:
-		case errors.Is(err, unix.EPERM), errors.Is(err, unix.EACCES), errors.Is(err, unix.ENOTSUP):
+		case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT), errors.Is(err, unix.EIO):
+			failed = fmt.Errorf("set its xattr %s: %w", name, err)
+		default: // not here: for want of a capability, or of a file system that has them
 			class, _, _ := strings.Cut(name, ".")
 			if class == "security" {
 				class = name // of which each has rules of its own
@@ -132,8 +134,6 @@ func (f *filler) xattrs(n erofs.Inode, set func(name string, value []byte) error
 				class += ".*"
 			}
 			f.left.add(fmt.Sprintf("xattrs %s: %v", class, err))
-		default:
-			failed = fmt.Errorf("set its xattr %s: %w", name, err)
 		}
 		return failed == nil
 	})

@@ -14,9 +14,11 @@ import (
 )
 
 const (
-	// batchBytes is how many plain bytes are asked for at once: about one
-	// request, of a third of that, to a pack.
-	batchBytes = 8 << 20
+	// A batch is what is asked for at once, about one request to a pack for a
+	// third of its plain bytes: enough that a far registry's round trip does not
+	// count, and so little that every worker has some.
+	leastBatch, mostBatch = 2 << 20, 16 << 20
+	batchesEach           = 4 // batches for each worker, if they are not too small
 	// noteEvery is after how many chunks the journal is told.
 	noteEvery = 64
 )
@@ -27,9 +29,10 @@ func (f *filler) fetchAll(ctx context.Context) error {
 	defer watch.stop()
 	g, running := errgroup.WithContext(ctx)
 	g.SetLimit(workers())
+	full := min(max((f.progress.total-f.progress.resumed)/int64(workers()*batchesEach), leastBatch), mostBatch)
 	var (
 		batch []int
-		size  int
+		size  int64
 	)
 	flush := func() {
 		b := batch
@@ -45,7 +48,7 @@ func (f *filler) fetchAll(ctx context.Context) error {
 			return err
 		}
 		batch = append(batch, pos)
-		if size += c.Size; size >= batchBytes {
+		if size += int64(c.Size); size >= full {
 			flush()
 		}
 	}

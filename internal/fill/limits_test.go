@@ -243,15 +243,12 @@ func TestShuffled(t *testing.T) {
 
 // TestMemory fills a large root and looks how much of the heap it takes.
 func TestMemory(t *testing.T) {
-	const files, size = 60, 4 << 20
+	const files, size = 30, 4 << 20
 	content := noise(5, size)
 	entries := map[string]*tree.Inode{}
 	for i := range files {
-		// Each with bytes of its own, so that no chunk comes twice.
-		b := bytes.Clone(content[:64])
-		b[0] = byte(i)
-		n := &tree.Inode{Mode: unix.S_IFREG | 0o644, Size: size}
-		n.Content = tree.Content{Source: patched{content, i}, Extents: []tree.Extent{{Length: size}}}
+		n := fileNode(content)
+		n.Content.Source = patched{content, i} // no chunk comes twice
 		entries[fmt.Sprint(i)] = n
 	}
 	small := map[string]*tree.Inode{}
@@ -305,7 +302,7 @@ func (p patched) ReadAt(b []byte, off int64) (int, error) {
 // TestPlanSize counts the memory of the tables: a root may have millions of
 // files.
 func TestPlanSize(t *testing.T) {
-	const files = 100_000
+	const files = 20_000
 	entries := map[string]*tree.Inode{}
 	for i := range files {
 		entries[fmt.Sprint(i)] = fileNode([]byte{byte(i)})
