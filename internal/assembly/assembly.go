@@ -109,6 +109,7 @@ func bootImage(in Input) (v1.Image, error) {
 	if err != nil {
 		return nil, err
 	}
+	in.Config.Marked = skeleton.marked
 	config, err := json.Marshal(in.Config)
 	if err != nil {
 		return nil, err

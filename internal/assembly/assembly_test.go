@@ -167,7 +167,12 @@ func TestBootImage(t *testing.T) {
 	if got, want := listing(t, layers[0]), []string{".bootfs/ 755 0:0", ".bootfs/boot 4755 0:0 12064 bytes"}; !slices.Equal(got, want) {
 		t.Errorf("first layer:\n%s", strings.Join(got, "\n"))
 	}
-	configBytes := len(must(json.Marshal(testInput(t, testTree(t), config).Config))(t))
+	// All but those that are empty in the source.
+	marked := strings.Fields("/data /data/v /etc /etc/alternatives /opt /opt/app /opt/app/bin /srv /srv/app /srv/app/bin /usr /usr/bin /usr/lib /usr/lib64 " +
+		"/usr/local /usr/local/bin /usr/sbin /var /var/lib /var/lib/dpkg /var/lib/dpkg/status.d /var/lib/rpm /vol")
+	written := testInput(t, testTree(t), config).Config
+	written.Marked = marked
+	configBytes := len(must(json.Marshal(written))(t))
 	const boot = " 4755 0:0 = .bootfs/link"
 	want := []string{
 		fmt.Sprintf(".bootfs/config.json 644 0:0 %d bytes", configBytes),
@@ -196,6 +201,14 @@ func TestBootImage(t *testing.T) {
 		"var/run 777 0:0 -> /run",
 		"vol/ 755 0:0", "vollink 777 0:0 -> /data/v",
 	}
+	for _, at := range marked {
+		want = append(want, at[1:]+"/"+bootimage.VolumeMark+"/ 700 0:0")
+	}
+	slices.SortFunc(want, func(a, b string) int {
+		a, _, _ = strings.Cut(a, " ")
+		b, _, _ = strings.Cut(b, " ")
+		return strings.Compare(strings.TrimSuffix(a, "/"), strings.TrimSuffix(b, "/"))
+	})
 	// Hard links come after what they name.
 	slices.SortStableFunc(want, func(a, b string) int { return strings.Count(a, boot) - strings.Count(b, boot) })
 	if got := listing(t, layers[1]); !slices.Equal(got, want) {
@@ -443,6 +456,7 @@ func TestReadContents(t *testing.T) {
 		if err != nil || !bytes.Equal(x.Index, in.Index) || !bytes.Equal(x.Locators, in.Locators) || len(x.Meta) > 0 {
 			t.Errorf("%s: the index alone: %v", ref, err)
 		}
+		in.Config.Marked = must(newSkeleton(in.Tree, &in.Source.Config.Config))(t).marked
 		if got, want := must(json.Marshal(c.Config))(t), must(json.Marshal(in.Config))(t); !bytes.Equal(got, want) {
 			t.Errorf("%s: config %s, want %s", ref, got, want)
 		}

@@ -2,6 +2,7 @@ package assembly
 
 import (
 	"fmt"
+	"maps"
 	"path"
 	"regexp"
 	"slices"
@@ -46,6 +47,7 @@ type skeleton struct {
 	volumes []string        // declared ones, without symlinks
 	linked  map[string]bool // directories whose executables are linked, without symlinks
 	shipped int64           // bytes of the source's files
+	marked  []string        // directories with a bootimage.VolumeMark, sorted
 }
 
 // newSkeleton takes from the source what engines, scanners and users look for
@@ -95,6 +97,7 @@ func newSkeleton(src *tree.Tree, c *v1.Config) (*skeleton, error) {
 		}
 	}
 	s.linkElsewhere()
+	s.mark()
 	return s, nil
 }
 
@@ -284,6 +287,25 @@ func (s *skeleton) inVolume(at string) bool {
 	return slices.ContainsFunc(s.volumes, func(v string) bool {
 		return at == v || v == "/" || strings.HasPrefix(at, v+"/")
 	})
+}
+
+// mark puts the mark into the directories that are not all of what the source
+// has there: an engine that copies one of them into a volume copies the mark.
+func (s *skeleton) mark() {
+	for _, at := range slices.Sorted(maps.Keys(s.files)) {
+		switch at {
+		case "/proc", "/sys", "/dev":
+			continue
+		}
+		n := s.src.Lookup(at)
+		if s.files[at].mode&modeType != modeDir || n == nil || len(n.Entries) == 0 && len(n.Xattrs) == 0 || n.Entries[bootimage.VolumeMark] != nil {
+			continue
+		}
+		s.marked = append(s.marked, at)
+	}
+	for _, at := range s.marked {
+		s.add(path.Join(at, bootimage.VolumeMark), file{mode: modeDir | 0o700})
+	}
 }
 
 // library matches shared objects and the dynamic loaders among them, which are

@@ -10,6 +10,7 @@
 //	rendezvous.go  is this the boot of the container, or a later exec
 //	mode.go        is the root mounted or filled, and what is missing for it
 //	content.go     index, locators, metadata, stores: mapped, no network
+//	volumes.go     volumes that the engine has initialised from the boot image
 //	root.go        FUSE, writable layer, the engine's mounts, the switch
 //	app.go         the program in its own PID and mount namespaces
 //	appinit.go     the last steps inside those namespaces, before its exec
@@ -24,6 +25,7 @@
 package boot
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -164,6 +166,12 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 // nothing has changed.
 func leadMounted(c *caller, settings *settings, content *content, meeting *meeting, signals chan os.Signal, out *console) (int, error) {
 	content.openFetcher(true)
+	cutOff := time.AfterFunc(cutOffAfter, content.warnIfCutOff)
+	status, err := untilStopped(signals, out.log, func(ctx context.Context) error { return content.initVolumes(ctx, out) })
+	cutOff.Stop()
+	if err != nil || status != 0 {
+		return status, err
+	}
 	root, err := makeRoot(content, c.cwd, out.log)
 	if err != nil {
 		return 0, err
@@ -181,7 +189,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 		word = wordS3
 	}
 	meeting.ready(word)
-	status := serve(app, signals)
+	status = serve(app, signals)
 	prefetch.stop()
 	content.close()
 	return status, nil

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -44,18 +43,30 @@ func leadFilled(c *caller, content *content, meeting *meeting, signals <-chan os
 		return 0, fmt.Errorf("fill the root: %w", err)
 	}
 	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
+	status, err := untilStopped(signals, out.log, func(ctx context.Context) error {
+		if err := content.initVolumes(ctx, out); err != nil {
+			return err
+		}
+		return content.fillRoot(ctx, out)
+	})
+	if err != nil || status != 0 {
+		return status, err
+	}
+	meeting.ready(wordFilled)
+	return 0, becomeProgram(c, content.config, out)
+}
+
+// untilStopped does what may take long before the program runs. It returns the
+// exit status when a signal ends the container meanwhile.
+func untilStopped(signals <-chan os.Signal, log *logger, do func(context.Context) error) (status int, err error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	done := make(chan error, 1)
-	go func() { done <- content.fillRoot(ctx, out) }()
+	go func() { done <- do(ctx) }()
 	for {
 		select {
 		case err := <-done:
-			if err != nil {
-				return 0, err
-			}
-			meeting.ready(wordFilled)
-			return 0, becomeProgram(c, content.config, out)
+			return 0, err
 		case s := <-signals:
 			if s := s.(unix.Signal); endsFill(s) {
 				// What is written remains: a restart goes on from there.
@@ -64,7 +75,7 @@ func leadFilled(c *caller, content *content, meeting *meeting, signals <-chan os
 				case <-done:
 				case <-time.After(stopWait):
 				}
-				out.log.Info("the container was stopped while its root was filled", "signal", unix.SignalName(s))
+				log.Info("the container was stopped before its program was started", "signal", unix.SignalName(s))
 				return 128 + int(s), nil
 			}
 		}
@@ -85,17 +96,14 @@ func endsFill(s unix.Signal) bool {
 // fillRoot writes the root image over the files of the boot image and notes that
 // this is done.
 func (c *content) fillRoot(ctx context.Context, out *console) error {
-	meter := newMeter(out)
+	c.removeMarks()
+	meter := newMeter(out, "filling the root")
 	defer meter.stop()
-	var order iter.Seq[int] // nil where chunks lie in loose stores
-	if c.locators != nil {
-		order = c.locators.PackOrder()
-	}
 	report, err := fill.Root(ctx, "/", fill.Options{
 		Meta:     c.meta,
 		Index:    c.index,
 		Fetcher:  c.fetcher,
-		Order:    order,
+		Order:    c.packOrder(),
 		State:    bootimage.FillDir,
 		Last:     isLink(),
 		Progress: meter.set,
@@ -241,14 +249,15 @@ const (
 // on a line of its own.
 type meter struct {
 	out         *console
+	what        string // is being done
 	began       time.Time
 	first       atomic.Int64 // bytes that were there at the beginning, +1; 0 until that is known
 	done, total atomic.Int64
 	end, ended  chan struct{}
 }
 
-func newMeter(out *console) *meter {
-	m := &meter{out: out, began: time.Now(), end: make(chan struct{}), ended: make(chan struct{})}
+func newMeter(out *console, what string) *meter {
+	m := &meter{out: out, what: what, began: time.Now(), end: make(chan struct{}), ended: make(chan struct{})}
 	go m.run()
 	return m
 }
@@ -294,9 +303,9 @@ func (m *meter) line(after time.Duration) string {
 	const mega = 1e6
 	done, total := m.done.Load(), m.total.Load()
 	if total == 0 {
-		return "filling the root"
+		return m.what
 	}
-	line := fmt.Sprintf("filling the root: %.0f of %.0f MB", float64(done)/mega, float64(total)/mega)
+	line := fmt.Sprintf("%s: %.0f of %.0f MB", m.what, float64(done)/mega, float64(total)/mega)
 	if rate := float64(done-m.first.Load()+1) / after.Seconds(); rate > 0 {
 		left := time.Duration(float64(total-done) / rate * float64(time.Second)).Round(time.Second)
 		line += fmt.Sprintf(", %.0f MB/s, about %s left", rate/mega, left)

@@ -23,6 +23,11 @@ const (
 	SecretsPrefix = "/run/secrets/bootfs" // the same, as Docker mounts secrets
 )
 
+// VolumeMark is a directory in each of Config.Marked. Engines initialise a
+// volume with the image's content: one that has the mark is initialised only as
+// far as the boot image goes.
+const VolumeMark = ".bootfs-volume"
+
 // DefaultPath is the PATH that engines set where an image has none.
 const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -50,6 +55,9 @@ type Config struct {
 	// XattrClasses lists the classes of extended attributes that occur in the
 	// root, sorted: "security", "system", "trusted", "user".
 	XattrClasses []string `json:"xattrClasses,omitempty"`
+	// Marked are the directories that hold VolumeMark, sorted: those of the boot
+	// image that have more in the source.
+	Marked []string `json:"marked,omitempty"`
 	// Source is the image that was converted.
 	Source Source `json:"source"`
 }

@@ -162,6 +162,8 @@ const smallPath = "PATH=/usr/local/bin:/usr/bin:/bin"
 // smallConfigs are the configurations of the small image that rows run.
 var smallConfigs = map[string]v1.Config{
 	"plain": {Cmd: []string{"sh"}, Env: []string{smallPath}},
+	"volumes": {Cmd: []string{"sh"}, Env: []string{smallPath}, User: "app",
+		Volumes: map[string]struct{}{"/vol/full": {}, "/vol/empty": {}, "/vol/absent": {}}},
 }
 
 // fidelityLayouts are further images that rows run, by name.

@@ -36,6 +36,10 @@ type Options struct {
 	Index   *index.Index // of the whole root image
 	Fetcher lazy.Fetcher
 
+	// Under is the directory of the image that is written, a path without symlinks;
+	// "" is its root.
+	Under string
+
 	// Order yields positions of the index in the order in which their packs hold
 	// them, so that each pack is read once and from front to back. What it leaves
 	// out comes behind, in the order of the index; nil leaves out all.

@@ -24,7 +24,8 @@ type plan struct {
 	r *erofs.Reader
 	x *index.Index
 
-	dirTable []dirEntry // parents before their children; the first is the root
+	top      uint64     // the directory that is written
+	dirTable []dirEntry // parents before their children; the first is top
 	regular  []name     // regular files that have bytes
 	extents  []extent   // of regular, in the order of the image; they do not overlap
 	others   []name     // what has no bytes: symlinks, devices, empty files and the like
@@ -81,7 +82,11 @@ func newPlan(o *Options) (*plan, error) {
 	if got, want := o.Index.Size(), r.Blocks()*erofs.BlockSize; got != want {
 		return nil, fmt.Errorf("the index has %d bytes, the metadata say %d", got, want)
 	}
-	p := &plan{r: r, x: o.Index}
+	top, err := under(r, o.Under)
+	if err != nil {
+		return nil, err
+	}
+	p := &plan{r: r, x: o.Index, top: top}
 	if err := p.walk(o.Last); err != nil {
 		return nil, err
 	}
@@ -93,6 +98,24 @@ func newPlan(o *Options) (*plan, error) {
 	return p, nil
 }
 
+// under returns the nid of the directory at path.
+func under(r *erofs.Reader, path string) (uint64, error) {
+	at := r.RootNID()
+	for name := range strings.SplitSeq(path, "/") {
+		if name == "" {
+			continue
+		}
+		n, err := r.Inode(at)
+		if err == nil {
+			at, err = r.Lookup(n, name)
+		}
+		if err != nil {
+			return 0, fmt.Errorf("%s in the image: %w", path, err)
+		}
+	}
+	return at, nil
+}
+
 // walk lists all that the metadata name.
 func (p *plan) walk(last func(string) bool) error {
 	type first struct {
@@ -100,7 +123,7 @@ func (p *plan) walk(last func(string) bool) error {
 		regular uint32
 	}
 	firsts := make(map[uint64]first) // of inodes with several names, by nid
-	p.dirTable = append(p.dirTable, dirEntry{nid: uint32(p.r.RootNID())})
+	p.dirTable = append(p.dirTable, dirEntry{nid: uint32(p.top)})
 	paths := map[uint32]string{0: ""} // of directories that are still to be read
 	p.inodes = 1
 	for d := uint32(0); int(d) < len(p.dirTable); d++ {
@@ -233,6 +256,7 @@ func (p *plan) identify(meta []byte) {
 	h := sha256.New()
 	h.Write(binary.LittleEndian.AppendUint64(nil, uint64(len(meta))))
 	h.Write(meta)
+	h.Write(binary.LittleEndian.AppendUint64(nil, p.top))
 	var row []byte
 	for i := range p.x.Len() {
 		c, _ := p.x.At(i)
