@@ -363,3 +363,39 @@ func TestJournal(t *testing.T) {
 		t.Errorf("an index of 5 chunks: %d good bytes, chunks %b", good, far.done)
 	}
 }
+
+// TestFaults has system calls that fail as a broken or a full disk makes them
+// fail: the error is one line, and the next call makes the right tree. What was
+// in the page cache when the disk failed is written again.
+func TestFaults(t *testing.T) {
+	tr := sample()
+	m := newImage(t, tr)
+	manifest := wantOver(t, tr)
+	for call, test := range map[string]struct{ errno, want string }{
+		"pwrite64":  {"EIO:when=30", "input/output error"},
+		"syncfs":    {"EIO", "write it to disk: input/output error"},
+		"fsync":     {"EIO", "input/output error"},
+		"renameat":  {"EIO:when=2", "input/output error"},
+		"symlinkat": {"EDQUOT", "what is in place stays"},
+		"mkdirat":   {"ENOSPC", "what is in place stays"},
+		"fsetxattr": {"ENOSPC", ": set its xattr "},
+		"openat2":   {"ENOSYS", "no openat2, which came with Linux 5.6"},
+	} {
+		t.Run(call, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			bootImage(t, dir, t.TempDir())
+			out, err := child(t, dir, nil, "strace", "-f", "-qqq", "-o", "/dev/null", "-e", "trace="+call, "-e", "inject="+call+":error="+test.errno).CombinedOutput()
+			if err == nil || !strings.Contains(string(out), test.want) || strings.Count(string(out), "\n") != 2 {
+				t.Errorf("got %v, %s\nwant %q", err, out, test.want)
+			}
+			if call == "syncfs" {
+				if b, err := os.ReadFile(filepath.Join(dir, ".state", journalName)); err != nil || len(b) != 0 {
+					t.Errorf("the journal says of %d bytes that they are in place, %v", len(b), err)
+				}
+			}
+			finish(t, m, dir)
+			compareOver(t, dir, manifest)
+		})
+	}
+}
