@@ -391,7 +391,7 @@ func firstDifference(have, want string) string {
 			b = w[i]
 		}
 		if a != b {
-			return fmt.Sprintf("line %d:\n\tin the page %s\n\tseen        %s", i+1, a, b)
+			return fmt.Sprintf("line %d:\n\thave %s\n\twant %s", i+1, a, b)
 		}
 	}
 	return ""
