@@ -337,6 +337,9 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 			err = cause
 		}
 		f := &failure{s.String(), err}
+		if ctx.Err() == nil {
+			s.lacked(f)
+		}
 		for _, w := range ws {
 			// That the caller gave up says less than why the last attempt failed.
 			if ctx.Err() == nil || w.failures[s.place] == nil {

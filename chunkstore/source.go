@@ -37,6 +37,7 @@ type source struct {
 	mu      sync.Mutex
 	trouble time.Time // of the last failure; zero since a delivery
 	retryAt time.Time
+	last    error // guarded by mu, too
 }
 
 const (
@@ -74,6 +75,19 @@ func (s *source) inTrouble() bool {
 	}
 	s.retryAt = now.Add(troublePause)
 	return false
+}
+
+// lacked notes why the store did not deliver a chunk.
+func (s *source) lacked(f *failure) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.last = f
+}
+
+func (s *source) lastError() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last
 }
 
 // failed notes that the store could not be asked.
@@ -115,7 +129,9 @@ func (s *source) corrupted(id index.ID, err error) error {
 	}
 	s.corrupt.Add(1)
 	s.log.Error("store returns a corrupt chunk", "store", s.String(), "chunk", id.String(), "error", err)
-	return &failure{s.String(), err}
+	f := &failure{s.String(), err}
+	s.lacked(f)
+	return f
 }
 
 // patience is how long the store may deliver nothing before a request is given

@@ -17,6 +17,8 @@ type StoreStats struct {
 	Count           // delivered and good
 	Failures int64  // requests that failed, ErrNotFound apart
 	Corrupt  int64  // chunks that came damaged
+	// LastError is why a chunk could not be had the last time, nil if all could.
+	LastError error
 }
 
 // CacheStats is what a Fetcher had from its cache and put there.
@@ -42,7 +44,7 @@ func (f *Fetcher) Stats() Stats {
 	}
 	for _, s := range f.stores {
 		st.Stores = append(st.Stores, StoreStats{
-			Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load(),
+			Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load(), LastError: s.lastError(),
 		})
 	}
 	return st

@@ -39,6 +39,9 @@ type appOrder struct {
 type appReport struct {
 	Status  int
 	Message string // "" if the user was told
+	// Unread says that Message is of a program whose chunks could not be had:
+	// boot knows why.
+	Unread bool
 }
 
 // startApp starts the caller's program as PID 1 of a PID namespace of its own,
@@ -89,6 +92,9 @@ func startApp(c *caller, masks []mask, keepSysAdmin bool, score int, signals cha
 		}
 		if r.Message == "" {
 			return 0, &exitError{status: r.Status, err: errSaid}
+		}
+		if r.Unread {
+			return 0, &noChunksError{msg: r.Message}
 		}
 		return 0, &exitError{status: r.Status, err: errors.New(r.Message)}
 	}

@@ -35,6 +35,9 @@ func reportToBoot(err error) int {
 	if errors.Is(err, errSaid) {
 		r.Message = ""
 	}
+	if e := (*noChunksError)(nil); errors.As(err, &e) {
+		r.Message, r.Unread = e.msg, true
+	}
 	if e := (*exitError)(nil); errors.As(err, &e) {
 		r.Status = e.status
 	}
@@ -212,9 +215,22 @@ func execProgram(program string, argv, env []string, cwd string) error {
 	return &exitError{status: exitNoProgram, err: errSaid}
 }
 
+// noChunksError says that the program could not be read.
+type noChunksError struct {
+	msg string
+	why error // nil if unknown
+}
+
+func (e *noChunksError) Error() string {
+	if e.why == nil {
+		return e.msg + ": its chunks could not be had"
+	}
+	return fmt.Sprintf("%s: its chunks could not be had: %v", e.msg, e.why)
+}
+
 func withReason(err error) error {
 	if errors.Is(err, unix.EIO) {
-		return fmt.Errorf("%w: its chunks could not be had, see above", err)
+		return &noChunksError{msg: err.Error()}
 	}
 	return err
 }

@@ -139,7 +139,7 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 	if err != nil {
 		return 0, err
 	}
-	content, err := openContent(config, settings, out.log)
+	content, err := openContent(config, settings, out)
 	if err != nil {
 		return 0, err
 	}
@@ -149,9 +149,11 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 		if !errors.As(err, &refused) {
 			return status, err
 		}
-		noFill := fillRefusal(settings, config)
-		if settings.mode == modeFuse || noFill != nil {
-			return 0, errors.Join(err, noFill)
+		if settings.mode == modeFuse {
+			return 0, err
+		}
+		if noFill := fillRefusal(settings, config); noFill != nil {
+			return 0, fmt.Errorf("%w; %w", err, noFill)
 		}
 		_ = content.fetcher.Close() // it has fetched nothing
 		why = "mounting it was refused: " + refused.Error()
@@ -182,8 +184,12 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	prefetch := startPrefetch(content, settings, out.log)
 	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, content.memory.appScore(), signals)
 	if err != nil {
+		if e := (*noChunksError)(nil); errors.As(err, &e) {
+			e.why = lastErrors(content.fetcher.Stats())
+		}
 		return 0, err
 	}
+	content.started()
 	word := byte(wordReady)
 	if content.s3Variables {
 		word = wordS3

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -44,10 +45,13 @@ type content struct {
 	sharedCache bool // the cache outlives the container
 	s3Variables bool // the variables with credentials for S3 are boot's, not the app's
 	log         *logger
+	faults      *logger // of the way to the chunks; kept until the start has succeeded
+	started     func()  // lets them be said
 }
 
-func openContent(config *bootimage.Config, s *settings, log *logger) (*content, error) {
-	c := &content{config: config, memory: ownMemory(), log: log}
+func openContent(config *bootimage.Config, s *settings, out *console) (*content, error) {
+	c := &content{config: config, memory: ownMemory(), log: out.log}
+	c.faults, c.started = out.keeping()
 	rawIndex, err := mapFile(bootimage.IndexPath)
 	if err != nil {
 		return nil, err
@@ -79,7 +83,7 @@ func (c *content) openFetcher(ownCache bool) {
 	if err != nil {
 		c.log.Warn("no cache: " + err.Error())
 	}
-	o := chunkstore.FetcherOptions{Digest: c.index.Digest(), Stores: c.upstream, Log: c.log}
+	o := chunkstore.FetcherOptions{Digest: c.index.Digest(), Stores: c.upstream, Log: c.faults}
 	if cache != nil {
 		o.Cache = cache
 	}
@@ -208,7 +212,7 @@ func (c *content) serve(dir string) error {
 		Meta:         c.meta,
 		Image:        c.image,
 		XattrClasses: c.config.XattrClasses,
-		Log:          c.log,
+		Log:          c.faults,
 		Name:         "bootfs",
 	})
 	return err
@@ -236,7 +240,7 @@ func (c *content) prefetchAll(ctx context.Context) error {
 const cutOffAfter = 5 * time.Second
 
 // warnIfCutOff says once what stands between a container and its chunks, if
-// none has come and the stores fail. The fetcher has logged how they do.
+// none has come and the stores fail.
 func (c *content) warnIfCutOff() {
 	if warning := cutOff(c.fetcher.Stats(), resolvers("/etc/resolv.conf")); warning != "" {
 		c.log.Warn(warning)
@@ -244,24 +248,59 @@ func (c *content) warnIfCutOff() {
 }
 
 func cutOff(s chunkstore.Stats, resolvers []string) string {
-	var names []string
 	for _, store := range s.Stores {
 		if store.Chunks > 0 {
 			return ""
 		}
-		if store.Failures > 0 {
-			names = append(names, store.Name)
-		}
 	}
-	if len(names) == 0 {
+	why := lastErrors(s)
+	if why == nil {
 		return ""
+	}
+	warning := fmt.Sprintf("no chunk has come in %s: %v", cutOffAfter, why)
+	if !onTheWay(why) {
+		return warning // it says what to do
 	}
 	by := "no resolver"
 	if len(resolvers) > 0 {
 		by = "resolver " + strings.Join(resolvers, ", ")
 	}
-	return fmt.Sprintf("no chunk has come from %s in %s, looked up by %s: give the container a way there (--network, --dns), a filled cache (-v CACHE:%s) or another store (-e BLOB_STORE=ADDRESS)",
-		strings.Join(names, ", "), cutOffAfter, by, bootimage.CachePath)
+	return fmt.Sprintf("%s (looked up by %s): give the container a way there (--network, --dns), a filled cache (-v CACHE:%s) or another store (-e BLOB_STORE=ADDRESS)",
+		warning, by, bootimage.CachePath)
+}
+
+// lastErrors is why chunks could not be had, as far as stores have said.
+func lastErrors(s chunkstore.Stats) error {
+	var all storeErrors
+	for _, store := range s.Stores {
+		if store.LastError != nil {
+			all = append(all, store.LastError)
+		}
+	}
+	if all == nil {
+		return nil
+	}
+	return all
+}
+
+// storeErrors are those of several stores, on one line.
+type storeErrors []error
+
+func (e storeErrors) Error() string {
+	var all []string
+	for _, err := range e {
+		all = append(all, err.Error())
+	}
+	return strings.Join(all, "; ")
+}
+
+func (e storeErrors) Unwrap() []error { return e }
+
+// onTheWay reports whether err is of the way to a store, and not of what that
+// has answered or of how to be let in.
+func onTheWay(err error) bool {
+	var way *net.OpError
+	return errors.As(err, &way) || errors.Is(err, context.DeadlineExceeded)
 }
 
 // resolvers returns the name servers that a resolv.conf lists.

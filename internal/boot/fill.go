@@ -107,12 +107,13 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 		State:    bootimage.FillDir,
 		Last:     isLink(),
 		Progress: meter.set,
-		Log:      c.log,
+		Log:      c.faults,
 	})
 	if err != nil {
 		return err
 	}
 	c.close()
+	c.started()
 	for _, line := range report.Left {
 		c.log.Warn("not in the root: " + line)
 	}
@@ -273,7 +274,7 @@ func (m *meter) run() {
 	defer close(m.ended)
 	next := time.NewTimer(meterAfter)
 	defer next.Stop()
-	said := false
+	said, before := false, int64(0) // bytes at the last line
 	for {
 		select {
 		case <-m.end:
@@ -286,14 +287,18 @@ func (m *meter) run() {
 		if m.out.level > slog.LevelWarn {
 			continue // said to be quiet
 		}
+		done := m.done.Load()
 		line := "bootfs: " + m.line(time.Since(m.began))
 		if m.out.terminal {
 			next.Reset(meterTicks)
 		} else {
 			next.Reset(meterLines)
 			line += "\n"
+			if said && done == before {
+				continue // what stands in the way is said elsewhere
+			}
 		}
-		said = true
+		said, before = true, done
 		m.out.say(utterance{text: line, progress: m.out.terminal})
 	}
 }
@@ -306,6 +311,9 @@ func (m *meter) line(after time.Duration) string {
 		return m.what
 	}
 	line := fmt.Sprintf("%s: %.0f of %.0f MB", m.what, float64(done)/mega, float64(total)/mega)
+	if done == total {
+		return line + ", which the disk has to take"
+	}
 	if rate := float64(done-m.first.Load()+1) / after.Seconds(); rate > 0 {
 		left := time.Duration(float64(total-done) / rate * float64(time.Second)).Round(time.Second)
 		line += fmt.Sprintf(", %.0f MB/s, about %s left", rate/mega, left)

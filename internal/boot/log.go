@@ -6,7 +6,9 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -107,9 +109,50 @@ func (c *console) flush() {
 	}
 }
 
+// keeper keeps lines back until it is known whether the container starts: if not,
+// the error that ends it says what they say, once.
+type keeper struct {
+	mu    sync.Mutex // guards what follows
+	open  bool       // lines go past it
+	lines []string
+}
+
+// keeping returns a logger whose lines are kept until release. Who asked for
+// more than warnings has them at once.
+func (c *console) keeping() (log *logger, release func()) {
+	k := &keeper{open: c.level < slog.LevelWarn}
+	release = func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.open = true
+		for _, line := range k.lines {
+			c.say(utterance{text: line})
+		}
+		k.lines = nil
+	}
+	return slog.New(&lineHandler{console: c, keeper: k}), release
+}
+
+// keep reports whether it has kept a line, or has it already.
+func (k *keeper) keep(line string) bool {
+	if k == nil {
+		return false
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.open {
+		return false
+	}
+	if len(k.lines) < maxQueued && !slices.Contains(k.lines, line) {
+		k.lines = append(k.lines, line)
+	}
+	return true
+}
+
 // lineHandler writes "bootfs: message key=value" lines.
 type lineHandler struct {
 	console *console
+	keeper  *keeper // nil for none
 	attrs   string
 }
 
@@ -125,7 +168,9 @@ func (h *lineHandler) Handle(_ context.Context, r slog.Record) error {
 		return true
 	})
 	b.WriteByte('\n')
-	h.console.say(utterance{text: b.String()})
+	if line := b.String(); !h.keeper.keep(line) {
+		h.console.say(utterance{text: line})
+	}
 	return nil
 }
 

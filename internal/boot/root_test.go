@@ -2,6 +2,8 @@ package boot
 
 import (
 	"errors"
+	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -180,21 +182,27 @@ func TestPlace(t *testing.T) {
 }
 
 func TestCutOff(t *testing.T) {
-	failing := chunkstore.StoreStats{Name: "registry://r/a", Failures: 3}
+	failing := chunkstore.StoreStats{Name: "registry://r/a", LastError: fmt.Errorf("registry://r/a: %w", &net.OpError{Op: "dial", Err: unix.ECONNREFUSED})}
+	unknown := chunkstore.StoreStats{Name: "ssh://r/a", LastError: errors.New("ssh://r/a: r does not let root in")}
 	answering := chunkstore.StoreStats{Name: "/store", Count: chunkstore.Count{Chunks: 1}}
 	for _, c := range []struct {
 		name   string
 		stores []chunkstore.StoreStats
 		says   []string
+		not    string
 	}{
-		{"nothing was asked for", []chunkstore.StoreStats{{Name: "registry://r/a"}}, nil},
-		{"one of two answers", []chunkstore.StoreStats{failing, answering}, nil},
-		{"none answers", []chunkstore.StoreStats{failing, {Name: "unasked"}}, []string{"from registry://r/a in 5s", "resolver 192.0.2.1, 192.0.2.2", "--network", "BLOB_STORE"}},
+		{"nothing was asked for", []chunkstore.StoreStats{{Name: "registry://r/a"}}, nil, ""},
+		{"one of two answers", []chunkstore.StoreStats{failing, answering}, nil, ""},
+		{"none answers", []chunkstore.StoreStats{failing, {Name: "unasked"}}, []string{"in 5s: registry://r/a: dial", "resolver 192.0.2.1, 192.0.2.2", "--network", "BLOB_STORE"}, "unasked"},
+		{"who asks is unknown", []chunkstore.StoreStats{unknown}, []string{"in 5s: ssh://r/a: r does not let root in"}, "--network"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got := cutOff(chunkstore.Stats{Stores: c.stores}, []string{"192.0.2.1", "192.0.2.2"})
 			if (got == "") != (c.says == nil) {
 				t.Fatalf("got %q", got)
+			}
+			if c.not != "" && strings.Contains(got, c.not) {
+				t.Errorf("got %q, want nothing of %q", got, c.not)
 			}
 			for _, part := range c.says {
 				if !strings.Contains(got, part) {

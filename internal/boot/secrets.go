@@ -191,6 +191,11 @@ func (s secrets) ssh(c *settings) (sshstore.Options, error) {
 			return o, fmt.Errorf("credentials: %w", err)
 		}
 		o.Password = strings.TrimRight(string(b), "\r\n")
+		if o.Password != "" {
+			o.Advice = "correct the password in " + s.find(sshPassword)[0].name + ", or " + o.Advice
+		}
+	} else {
+		o.Advice = "correct the password in DROPBEAR_PASSWORD, or " + o.Advice
 	}
 	if agents := s.find(sshAgent); len(agents) > 0 {
 		o.Agent = agents[0].path
