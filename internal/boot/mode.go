@@ -30,7 +30,7 @@ func choose(s *settings, c *bootimage.Config) (m mode, why string, err error) {
 	noFill := fillRefusal(s, c)
 	switch {
 	case s.mode == modeFuse && len(lacks) > 0:
-		return 0, "", fmt.Errorf("mounting the root needs %s: add %[1]s to docker run", strings.Join(lacks, " "))
+		return 0, "", fmt.Errorf("the root cannot be mounted: add %s to docker run", strings.Join(lacks, " "))
 	case s.mode == modeFill && noFill != nil:
 		return 0, "", noFill
 	case s.mode == modeFill:
@@ -38,7 +38,7 @@ func choose(s *settings, c *bootimage.Config) (m mode, why string, err error) {
 	case len(lacks) == 0:
 		return modeFuse, "", nil
 	case noFill != nil:
-		return 0, "", fmt.Errorf("%w, or to mount the root instead add %s", noFill, strings.Join(lacks, " "))
+		return 0, "", fmt.Errorf("%w, or add %s to mount it", noFill, strings.Join(lacks, " "))
 	}
 	return modeFill, fmt.Sprintf("add %s to docker run to mount it and start at once", strings.Join(lacks, " ")), nil
 }
@@ -66,7 +66,7 @@ func fillRefusal(s *settings, c *bootimage.Config) error {
 		return fmt.Errorf("/: %w", err)
 	}
 	if root.Flags&unix.ST_RDONLY != 0 {
-		return errors.New("a read-only root cannot be filled in place: leave --read-only out of docker run")
+		return errors.New("the root cannot be filled in place, as it is read-only: leave --read-only out of docker run")
 	}
 	need := []capability.Cap{capability.CAP_CHOWN, capability.CAP_DAC_OVERRIDE, capability.CAP_FOWNER, capability.CAP_FSETID}
 	if slices.Contains(c.XattrClasses, "security") {
@@ -76,7 +76,7 @@ func fillRefusal(s *settings, c *bootimage.Config) error {
 		need = append(need, capability.CAP_SETPCAP)
 	}
 	if lacks := capAdds(missing(need...)); len(lacks) > 0 {
-		return fmt.Errorf("filling the root in place needs %s: add %[1]s to docker run", strings.Join(lacks, " "))
+		return fmt.Errorf("the root cannot be filled in place: add %s to docker run", strings.Join(lacks, " "))
 	}
 	return nil
 }

@@ -51,7 +51,7 @@ func rowGroups() []rowGroup {
 }
 
 // furtherSections follow the tables on the page.
-func furtherSections() []string { return nil }
+func furtherSections() []string { return []string{matrixSection()} }
 
 // A subject is a way to run a program: the source image, or the converted one
 // in a mode.
