@@ -82,6 +82,8 @@ type common struct {
 }
 
 var rootLong = `Convert a container image into one that starts before it is downloaded.
+It runs with docker run, and starts at once with --device /dev/fuse --cap-add
+SYS_ADMIN; otherwise all its files are fetched first.
 
 SRC, DST and REF are named as in skopeo:
 
