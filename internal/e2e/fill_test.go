@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -284,5 +285,30 @@ func TestChangesOfAMountedRoot(t *testing.T) {
 	r := docker(t, append([]string{"run", "--rm", "--network", "host", "--env", "BOOTFS_MODE=fill"}, with...)...)
 	if r.stdout != "" || strings.Count(r.stderr, "bootfs:") != 1 || !strings.Contains(r.stderr, "stays aside in the volume at /.bootfs/rw") {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestMountRefused refuses what device and capabilities promise, as a security
+// module does.
+func TestMountRefused(t *testing.T) {
+	source, image := fidelityImage(t, "plain")
+	profile := filepath.Join(t.TempDir(), "seccomp.json")
+	if err := os.WriteFile(profile, []byte(`{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mount"],"action":"SCMP_ACT_ERRNO","errnoRet":1}]}`), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	flags := []string{"run", "--rm", "--network", "host", "--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--security-opt", "seccomp=" + profile}
+	script := []string{"sh", "-c", "id; grep -c bootfs /proc/self/mountinfo; exit 3"}
+	want := docker(t, slices.Concat(flags, []string{source}, script)...)
+	r := docker(t, slices.Concat(flags, []string{image}, script)...)
+	if r.stdout != want.stdout || r.code != want.code {
+		t.Errorf("exit %d, stdout %q, stderr %q; want exit %d, stdout %q", r.code, r.stdout, r.stderr, want.code, want.stdout)
+	}
+	const why = "the container may not mount: operation not permitted\n"
+	if r.stderr != "bootfs: the root is filled in place: mounting it was refused: "+why {
+		t.Errorf("stderr %q does not say why the root was filled", r.stderr)
+	}
+	refused := docker(t, slices.Concat(flags, []string{"--env", "BOOTFS_MODE=fuse", image}, script)...)
+	if refused.code != 125 || refused.stdout != "" || refused.stderr != "bootfs: "+why {
+		t.Errorf("with BOOTFS_MODE=fuse: %+v", refused)
 	}
 }
