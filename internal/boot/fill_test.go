@@ -25,7 +25,7 @@ func TestMeterLine(t *testing.T) {
 		{100e6, 120e6, 220e6, 2 * time.Second, "filling the root: 120 of 220 MB, 10 MB/s, about 10s left"},
 		{0, 289e6, 289e6, 9 * time.Second, "filling the root: 289 of 289 MB, which the disk has to take"},
 	} {
-		m := &meter{}
+		m := &meter{what: "filling the root"}
 		m.set(c.first, c.total)
 		m.set(c.done, c.total)
 		if got := m.line(c.after); got != c.want {
