@@ -168,8 +168,8 @@ func TestBootImage(t *testing.T) {
 		t.Errorf("first layer:\n%s", strings.Join(got, "\n"))
 	}
 	// All but those that are empty in the source.
-	marked := strings.Fields("/data /data/v /etc /etc/alternatives /opt /opt/app /opt/app/bin /srv /srv/app /srv/app/bin /usr /usr/bin /usr/lib /usr/lib64 " +
-		"/usr/local /usr/local/bin /usr/sbin /var /var/lib /var/lib/dpkg /var/lib/dpkg/status.d /var/lib/rpm /vol")
+	marked := strings.Fields("/data /data/v /etc /etc/alternatives /opt /opt/app /opt/app/bin /srv /srv/app /srv/app/bin /srv/texts /usr /usr/bin /usr/lib " +
+		"/usr/lib/x86_64-linux-gnu /usr/lib64 /usr/local /usr/local/bin /usr/sbin /var /var/lib /var/lib/dpkg /var/lib/dpkg/status.d /var/lib/rpm /var/spool /vol")
 	written := testInput(t, testTree(t), config).Config
 	written.Marked = marked
 	configBytes := len(must(json.Marshal(written))(t))
@@ -189,7 +189,7 @@ func TestBootImage(t *testing.T) {
 		"opt/ 755 0:0", "opt/again" + boot, "opt/app/ 755 0:0", "opt/app/bin/ 755 0:0", "opt/app/bin/run" + boot, "opt/current 777 0:0 -> app/bin", "opt/link 777 0:0 -> /data/v",
 		"opt/probe" + boot, "opt/unnamed" + boot,
 		"proc/ 555 0:0", "root/ 700 0:0", "run/ 755 0:0",
-		"srv/ 755 0:0", "srv/app/ 750 1000:1000", "srv/app/bin/ 755 0:0", "srv/app/bin/tool" + boot,
+		"srv/ 755 0:0", "srv/app/ 750 1000:1000", "srv/app/bin/ 755 0:0", "srv/app/bin/tool" + boot, "srv/texts/ 755 0:0",
 		"sys/ 755 0:0", "tmp/ 1777 0:0",
 		"usr/ 755 0:0", "usr/bin/ 755 0:0", "usr/bin/X11 777 0:0 -> .",
 		"usr/bin/awk" + boot, "usr/bin/dash" + boot, "usr/bin/mawk" + boot, "usr/bin/python3" + boot, "usr/bin/python3.11" + boot, "usr/bin/sh" + boot, "usr/bin/sudo" + boot,
@@ -198,6 +198,7 @@ func TestBootImage(t *testing.T) {
 		"usr/sbin/ 755 0:0", "usr/sbin/off-path" + boot,
 		"var/ 755 0:0", "var/lib/ 755 0:0", "var/lib/dpkg/ 755 0:0", "var/lib/dpkg/status 644 0:0 10 bytes",
 		"var/lib/dpkg/status.d/ 755 0:0", "var/lib/dpkg/status.d/libc 644 0:0 13 bytes", "var/lib/rpm/ 755 0:0", "var/lib/rpm/Packages 644 0:0 3 bytes",
+		"usr/lib/x86_64-linux-gnu/ 755 0:0", "var/mail/ 2775 0:8", "var/spool/ 755 0:0",
 		"var/run 777 0:0 -> /run",
 		"vol/ 755 0:0", "vollink 777 0:0 -> /data/v",
 	}

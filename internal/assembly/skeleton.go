@@ -26,6 +26,9 @@ const (
 	// has some 100 to 250 executables there; where every file is one, by its
 	// mode, the rest is left out.
 	maxElsewhere = 5_000
+	// maxDirs bounds the directories that are entered for the engine to mount
+	// something at: two or three levels of a Debian root.
+	maxDirs = 500
 )
 
 // Files of the source that are read in the boot image, before or without its
@@ -97,6 +100,7 @@ func newSkeleton(src *tree.Tree, c *v1.Config) (*skeleton, error) {
 		}
 	}
 	s.linkElsewhere()
+	s.addDirs()
 	s.mark()
 	return s, nil
 }
@@ -287,6 +291,34 @@ func (s *skeleton) inVolume(at string) bool {
 	return slices.ContainsFunc(s.volumes, func(v string) bool {
 		return at == v || v == "/" || strings.HasPrefix(at, v+"/")
 	})
+}
+
+// addDirs enters directories, the upper ones first. An engine that mounts a
+// tmpfs at one gives it its mode, and copies it into a new volume.
+func (s *skeleton) addDirs() {
+	type dir struct {
+		path string
+		node *tree.Inode
+	}
+	left := maxDirs
+	for queue := []dir{{"/", s.src.Root}}; len(queue) > 0 && left > 0; queue = queue[1:] {
+		d := queue[0]
+		for _, name := range d.node.Names() {
+			at, n := path.Join(d.path, name), d.node.Entries[name]
+			if !n.IsDir() || s.inVolume(path.Dir(at)) {
+				continue
+			}
+			switch at {
+			case "/proc", "/sys", "/dev":
+				continue
+			}
+			if left--; left < 0 || len(s.files) >= maxSkeleton {
+				return
+			}
+			s.add(at, fileOf(n))
+			queue = append(queue, dir{at, n})
+		}
+	}
 }
 
 // mark puts the mark into the directories that are not all of what the source

@@ -28,14 +28,24 @@ type root struct {
 // brings into the container from now on starts in the new one, as setns leads
 // to the topmost root.
 func makeRoot(c *content, cwd string, log *logger) (*root, error) {
-	// Nothing that happens below may show on the host, and move_mount refuses
-	// shared parents.
-	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
-		return nil, whyNoMount(fmt.Errorf("the container may not mount: %w", err))
-	}
 	engine, err := readMounts()
 	if err != nil {
 		return nil, err
+	}
+	// Nothing that happens in the root may show on the host, and move_mount
+	// refuses shared parents. The app's /proc must go without the engine's, where
+	// a volume with :rshared has made all of these peers. The volumes keep what
+	// was asked for.
+	if err := unix.Mount("", "/", "", unix.MS_PRIVATE, ""); err != nil {
+		return nil, whyNoMount(fmt.Errorf("the container may not mount: %w", err))
+	}
+	for _, point := range engine.points {
+		if point != "/proc" && point != "/sys" && point != "/dev" {
+			continue
+		}
+		if err := unix.Mount("", point, "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+			return nil, fmt.Errorf("make %s private: %w", point, err)
+		}
 	}
 	if err := c.serve(bootimage.LowerPath); err != nil {
 		return nil, whyNoMount(err)

@@ -71,11 +71,114 @@ var volumeRows = []row{
 		return s.run(t, "--volumes-from", id, s.image, "sh", "-c", "find /vol | sort; echo more >>/vol/full/file").String() +
 			s.run(t, "--volumes-from", id, s.image, "cat", "/vol/full/file").String()
 	}},
+	mountRow("`-v FILE:/etc/passwd`, `/etc/hosts`, `/vol/full/file`", "id app; cat /etc/passwd /etc/hosts /vol/full/file; head -c 7 /etc/hostname >/dev/null && echo named",
+		"-u", "app", "-v", "FILE:/etc/passwd", "-v", "FILE:/etc/hosts", "-v", "FILE:/vol/full/file:ro"),
+	mountRow("`-v` at links: to a directory, absolute, relative, dangling, in a directory that is one",
+		"find /opt /no /run /srv /usr -xdev | grep -v busybox | sort | xargs stat -c '%n %F %a %h'; cat /opt/tools/script /opt/absolute /no/such/file; ls /opt/tools/bin /srv/app /run/x",
+		"-v", "DIR:/opt/current/bin", "-v", "FILE:/opt/absolute", "-v", "FILE:/opt/relative", "-v", "FILE:/opt/dangling", "-v", "DIR:/srv/out", "-v", "DIR:/var/run/x/y:ro"),
+	mountRow("`-v` and `--mount` where the image has nothing", "find /new /srv | sort | xargs stat -c '%n %F %a %u:%g'; cat /new/deep/file; touch /new/deep/dir/t /srv/app/x/y/t; ls /new/deep/dir",
+		"-v", "DIR:/new/deep/dir", "--mount", "type=bind,src=FILE,dst=/new/deep/file,ro", "--mount", "type=volume,dst=/new/volume", "--mount", "type=tmpfs,dst=/new/tmpfs,tmpfs-mode=1750,tmpfs-size=1m", "-v", "DIR:/srv/app/x/y:ro"),
+	mountRow("mounts in mounts", "find /opt /srv | sort; cat /opt/a/b/file; cat /opt/tools/script",
+		"-v", "DIR:/opt", "-v", "DIR:/opt/a/b", "-v", "FILE:/opt/a/b/file", "-v", "FILE:/opt/tools/script", "--tmpfs", "/opt/a/b/tmp", "-v", "DIR:/srv/app", "-v", "DIR:/srv/app/data.d"),
+	mountRow("`-v DIR:/srv/app -w /srv/app/made`, over the working directory", "pwd; ls -A . ..; touch here && ls; stat -c '%a %u:%g' .",
+		"-v", "DIR:/srv/app", "-w", "/srv/app/made"),
+	mountRow("`-v DIR:/usr/bin`, over a directory of programs", "ls -A /usr/bin; /usr/bin/tool; tool", "-v", "DIR:/usr/bin"),
+	mountRow("`--tmpfs` at directories with modes of their own", "stat -c '%n %a %u:%g %t' /tmp /srv/shared /srv/closed /opt/private /var/cache /vol/empty /new; ls -A /srv/shared",
+		"--tmpfs", "/tmp", "--tmpfs", "/srv/shared", "--tmpfs", "/srv/closed:size=1m", "--tmpfs", "/opt/private:mode=1700,exec", "--tmpfs", "/var/cache", "--tmpfs", "/vol/empty:uid=1000", "--tmpfs", "/new"),
+	mountRow("`-v DIR:/etc`, over all of `/etc`", "ls -A /etc; stat -c %n /etc/hosts /etc/resolv.conf; id -u", "-v", "DIR:/etc"),
+	mountRow("mounts of the host below a mount: `bind-nonrecursive` `:rslave` `:rshared` `:rprivate` `:z`", "ls /a /b /c /d /e /b/inner",
+		"-v", "SHARED:/a:z", "--mount", "type=bind,src=SHARED,dst=/b,bind-nonrecursive=true", "-v", "SHARED:/c:rslave", "-v", "SHARED:/d:rshared", "-v", "SHARED:/e:rprivate"),
+	mountRow("`--read-only` with mounts", "touch /x; touch /new/dir/x /vol/full/x /run/x && echo written; stat -c '%n %a' /new /new/dir",
+		"--read-only", "-v", "DIR:/new/dir", "-v", "DIR:/vol/full", "--tmpfs", "/run"),
+	{what: "what the host mounts below `:rslave` while the container runs", do: func(t *testing.T, s *subject) string {
+		dir := sharedDir(t)
+		id := s.start(t, "-v", dir+":/mnt:rslave", s.image, "sh", "-c", "echo up; while ! test -e /mnt/later/file; do sleep 0.1; done; echo seen; exec sleep 600")
+		untilUp(t, id)
+		if err := unix.Mount(filepath.Join(dir, "inner"), filepath.Join(dir, "later"), "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = unix.Unmount(filepath.Join(dir, "later"), unix.MNT_DETACH) })
+		eventually(t, "the mount is seen", func() bool { return strings.HasSuffix(docker(t, "logs", id).stdout, "seen\n") })
+		return docker(t, "exec", id, "cat", "/mnt/later/file").String()
+	}},
+	{what: "200 mounts", do: func(t *testing.T, s *subject) string {
+		dir, args := t.TempDir(), []string(nil)
+		for i := range 200 {
+			args = append(args, "-v", fmt.Sprintf("%s:/mnt/%d/%d:ro", dir, i%7, i))
+		}
+		return s.run(t, append(args, s.image, "sh", "-c", "ls /mnt/*; grep -c /mnt/ /proc/self/mountinfo")...).String()
+	}},
+	{what: "a library and a device as GPU toolkits mount them", do: func(t *testing.T, s *subject) string {
+		s = s.of(t, python)
+		library, err := filepath.EvalSymlinks("/lib/x86_64-linux-gnu/libz.so.1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		const program = `import ctypes, os; print(ctypes.CDLL("libgpu.so.1").zlibCompileFlags() > 0, os.stat("/dev/gpu0").st_rdev, os.path.exists("/usr/bin/gpu-smi"))`
+		return s.run(t, "-v", library+":/usr/lib/x86_64-linux-gnu/libgpu.so.1.2.3:ro", "-v", library+":/usr/lib/x86_64-linux-gnu/libgpu.so.1:ro",
+			"-v", library+":/lib/x86_64-linux-gnu/libgpu-ml.so.1:ro", "-v", "/bin/true:/usr/bin/gpu-smi:ro", "--device", "/dev/null:/dev/gpu0",
+			s.image, "python3", "-c", program).String()
+	}},
 }
 
 func withDifference(r row, subject, difference string) row {
 	r.differs = map[string]string{subject: difference}
 	return r
+}
+
+// mountRow is a row that runs the small image with a script and flags, in which
+// FILE, DIR and SHARED stand for what is mounted, and shows the mounts.
+func mountRow(what, script string, flags ...string) row {
+	return row{what: what, do: func(t *testing.T, s *subject) string {
+		file := hostFile(t, "file", "app:x:77:78:of the host:/:/bin/sh\n", 0o644)
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "tool"), []byte("#!/bin/sh\necho \"a tool of the host: $0\"\n"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		args := []string(nil)
+		for _, f := range flags {
+			f = strings.ReplaceAll(strings.ReplaceAll(f, "FILE", file), "DIR", dir)
+			if strings.Contains(f, "SHARED") {
+				f = strings.ReplaceAll(f, "SHARED", sharedDir(t))
+			}
+			args = append(args, f)
+		}
+		const mounts = `; sed 's/:[0-9]*//g' /proc/self/mountinfo | awk '$5 != "/" && $5 !~ "^/(proc|sys|dev)" { print $5, $6, $7 }' | sort`
+		return s.run(t, append(args, s.image, "sh", "-c", script+mounts)...).String()
+	}}
+}
+
+// sharedDir is a directory on a shared mount of the host, with another mount in
+// it at "inner", and a directory "later".
+func sharedDir(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, m := range []struct {
+		at    string
+		fs    string
+		flags uintptr
+	}{
+		{dir, "tmpfs", 0}, {dir, "", unix.MS_SHARED}, {filepath.Join(dir, "inner"), "tmpfs", 0},
+	} {
+		if err := os.MkdirAll(m.at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := unix.Mount("none", m.at, m.fs, m.flags, ""); err != nil {
+			t.Fatalf("mount %s: %v", m.at, err)
+		}
+		if m.fs != "" {
+			t.Cleanup(func() { _ = unix.Unmount(m.at, unix.MNT_DETACH) })
+		}
+	}
+	for _, name := range []string{"later", "inner/made"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "inner/file"), []byte("of the inner mount\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
 }
 
 // filledRow is a row that runs the small image with a new volume at a place and
