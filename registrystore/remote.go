@@ -388,7 +388,7 @@ func (q *request) statusError(resp *http.Response) error {
 			q.remote.absent.add(q.digest)
 			return e.Hint("%w: the mirror does not have this blob", chunkstore.ErrNotFound)
 		}
-		return e.Hint("%w: the registry does not have this blob; it may have been deleted with the tag of its image", chunkstore.ErrNotFound)
+		return e.Hint("%w: the registry does not have this blob; it may have been deleted with the tag of its image, or docker push has left it behind: bootfs-convert copy and skopeo copy --all take it along", chunkstore.ErrNotFound)
 	case http.StatusRequestedRangeNotSatisfiable:
 		return e.Hint("the blob ends before byte %d", q.off+q.n)
 	case http.StatusUnauthorized, http.StatusForbidden:
