@@ -262,8 +262,7 @@ func TestStale(t *testing.T) {
 		"a FIFO":    func(at string) error { return errors.Join(os.Remove(at), unix.Mkfifo(at, 0o600)) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			dir := t.TempDir()
-			killInLarge(t, dir)
+			dir := killInLarge(t)
 			try(t, damage(filepath.Join(dir, "large")))
 			if r, err := m.fill(t, dir, Options{}); err != nil || r.Resumed != 0 {
 				t.Fatalf("%+v, %v", r, err)
@@ -273,14 +272,15 @@ func TestStale(t *testing.T) {
 	}
 }
 
-// killInLarge kills fills of dir until there is a part of the file large that
-// the journal knows.
-func killInLarge(t *testing.T, dir string) {
+// killInLarge kills fills of new directories until one of them has a part of
+// the file large that the journal knows, and returns that.
+func killInLarge(t *testing.T) string {
 	t.Helper()
 	m := newImage(t, sample())
 	p, err := newPlan(&Options{Meta: m.meta, Index: m.x})
 	try(t, err)
 	for n := 100; ; n += 50 {
+		dir := t.TempDir()
 		if err := child(t, dir, []string{childKill + "=" + strconv.Itoa(n)}).Run(); !wasKilled(err) {
 			t.Fatalf("before chunk %d: %v", n, err)
 		}
@@ -297,7 +297,7 @@ func killInLarge(t *testing.T, dir string) {
 			left, all, err := p.wanted(inode, j.has)
 			try(t, err)
 			if left > 0 && left < all {
-				return
+				return dir
 			}
 		}
 	}
