@@ -75,7 +75,7 @@ var lifeRows = []row{
 		differs: map[string]string{"fuse": "the new image runs, but without what was written: `docker exec ID tar c … | docker import -`; " + inPlace}},
 	{what: "`docker export`", do: exported,
 		differs: map[string]string{"fuse": "has the boot image: `docker exec ID tar c …`, or `bootfs-convert extract` for what the image has; " + inPlace}},
-	{what: "`docker exec ID tar c … \\| docker import -`", do: imported},
+	{what: "`docker exec ID tar c … | docker import -`", do: imported},
 }
 
 // bootsOwn are the signals that boot cannot tell from its own. The C library
