@@ -2,6 +2,7 @@ package fill
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -41,6 +42,7 @@ const (
 	journalMagic = "bootfsF1"
 	allDone      = 1<<32 - 1
 	bootIDSize   = 36
+	headerSize   = len(journalMagic) + sha256.Size + bootIDSize
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

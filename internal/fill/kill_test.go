@@ -154,15 +154,13 @@ func wasKilled(err error) bool {
 func finish(t *testing.T, m *image, dir string) {
 	t.Helper()
 	noted := map[index.ID]bool{}
-	p, err := newPlan(&Options{Meta: m.meta, Index: m.x})
-	try(t, err)
 	b, err := os.ReadFile(filepath.Join(dir, ".state", journalName))
 	if !errors.Is(err, fs.ErrNotExist) {
 		try(t, err)
 	}
 	j := &journal{done: make([]uint64, (m.x.Len()+63)/64)}
-	if header := len(journalMagic) + len(p.identity) + bootIDSize; len(b) > header {
-		j.replay(b[header:], m.x.Len())
+	if len(b) > headerSize {
+		j.replay(b[headerSize:], m.x.Len())
 	}
 	for i := range m.x.Len() {
 		if c, _ := m.x.At(i); j.has(i) {
@@ -233,7 +231,7 @@ func TestPowerCut(t *testing.T) {
 		t.Helper()
 		f, err := os.OpenFile(filepath.Join(dir, ".state", journalName), os.O_RDWR, 0)
 		try(t, err)
-		_, err = f.WriteAt([]byte("00000000"), int64(len(journalMagic)+32))
+		_, err = f.WriteAt([]byte("00000000"), int64(headerSize-bootIDSize))
 		try(t, err, f.Close())
 	}
 	anotherBoot()
@@ -287,7 +285,7 @@ func killInLarge(t *testing.T) string {
 		b, err := os.ReadFile(filepath.Join(dir, ".state", journalName))
 		try(t, err)
 		j := &journal{done: make([]uint64, (m.x.Len()+63)/64)}
-		j.replay(b[len(journalMagic)+len(p.identity)+bootIDSize:], m.x.Len())
+		j.replay(b[headerSize:], m.x.Len())
 		for i, at := range p.regular {
 			if p.path(at) != "/large" {
 				continue
