@@ -155,7 +155,7 @@ func dropSysAdmin() error {
 		return fmt.Errorf("drop CAP_SYS_ADMIN: %w", err)
 	}
 	if still, err := capability.GetBound(sysAdmin); err != nil || still {
-		return fmt.Errorf("drop CAP_SYS_ADMIN from the bounding set: the container lacks CAP_SETPCAP: add --cap-add SETPCAP to docker run, or keep the capability with -e BOOTFS_KEEP_SYS_ADMIN=1")
+		return fmt.Errorf("drop CAP_SYS_ADMIN from the bounding set: the container lacks CAP_SETPCAP: add --cap-add SETPCAP to %s, or keep the capability with -e BOOTFS_KEEP_SYS_ADMIN=1", engineRun())
 	}
 	return nil
 }

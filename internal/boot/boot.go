@@ -94,7 +94,7 @@ func run(out *console) (int, error) {
 			return 0, becomeProgram(c, config, out)
 		}
 		if unix.Geteuid() != 0 {
-			return 0, fmt.Errorf("only root can make the root, and boot is uid %d, as no-new-privileges takes the effect of its setuid bit: leave --security-opt no-new-privileges out of docker run, or add --user root", unix.Geteuid())
+			return 0, fmt.Errorf("only root can make the root, and boot is uid %d, as no-new-privileges takes the effect of its setuid bit: leave --security-opt no-new-privileges out of %s, or add --user root", unix.Geteuid(), engineRun())
 		}
 		err := errClaimed
 		if !execed() {

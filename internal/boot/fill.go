@@ -99,6 +99,10 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 	c.removeMarks()
 	meter := newMeter(out, "filling the root")
 	defer meter.stop()
+	accounts, err := engineAccounts()
+	if err != nil {
+		return fmt.Errorf("fill the root: %w", err)
+	}
 	report, err := fill.Root(ctx, "/", fill.Options{
 		Meta:     c.meta,
 		Index:    c.index,
@@ -118,6 +122,14 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 		c.log.Warn("not in the root: " + line)
 	}
 	detachOwn(c.log)
+	for p, text := range accounts {
+		if info, err := os.Lstat(p); err != nil || !info.Mode().IsRegular() || info.Size() >= int64(len(text)) {
+			continue
+		}
+		if err := os.WriteFile(p, text, 0); err != nil {
+			return fmt.Errorf("bring the engine's users into the root: %w", err)
+		}
+	}
 	if err := noteFilled(c.config.IndexDigest); err != nil {
 		return fmt.Errorf("fill the root: %w", err)
 	}

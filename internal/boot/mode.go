@@ -30,7 +30,7 @@ func choose(s *settings, c *bootimage.Config) (m mode, why string, err error) {
 	noFill := fillRefusal(s, c)
 	switch {
 	case s.mode == modeFuse && len(lacks) > 0:
-		return 0, "", fmt.Errorf("the root cannot be mounted: add %s to docker run", strings.Join(lacks, " "))
+		return 0, "", fmt.Errorf("the root cannot be mounted: add %s to %s", strings.Join(lacks, " "), engineRun())
 	case s.mode == modeFill && noFill != nil:
 		return 0, "", noFill
 	case s.mode == modeFill:
@@ -40,17 +40,21 @@ func choose(s *settings, c *bootimage.Config) (m mode, why string, err error) {
 	case noFill != nil:
 		return 0, "", fmt.Errorf("%w, or add %s to mount it", noFill, strings.Join(lacks, " "))
 	}
-	return modeFill, fmt.Sprintf("add %s to docker run to mount it and start at once", strings.Join(lacks, " ")), nil
+	return modeFill, fmt.Sprintf("add %s to %s to mount it and start at once", strings.Join(lacks, " "), engineRun()), nil
 }
 
 // fuseLacks returns the flags of docker run without which a root cannot be
 // mounted.
 func fuseLacks(s *settings) []string {
 	var flags []string
-	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil {
-		flags = append(flags, "--device /dev/fuse")
-	} else {
+	switch f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); {
+	case err == nil:
 		f.Close()
+	case errors.Is(err, unix.EACCES):
+		// In a user namespace, root is an ordinary user to the host's node.
+		flags = append(flags, "--device /dev/fuse (the host's, after chmod 666 /dev/fuse there)")
+	default:
+		flags = append(flags, "--device /dev/fuse")
 	}
 	need := []capability.Cap{capability.CAP_SYS_ADMIN, capability.CAP_SYS_CHROOT, capability.CAP_CHOWN, capability.CAP_DAC_OVERRIDE}
 	if !s.keepSysAdmin {
@@ -66,7 +70,7 @@ func fillRefusal(s *settings, c *bootimage.Config) error {
 		return fmt.Errorf("/: %w", err)
 	}
 	if root.Flags&unix.ST_RDONLY != 0 {
-		return errors.New("the root cannot be filled in place, as it is read-only: leave --read-only out of docker run")
+		return fmt.Errorf("the root cannot be filled in place, as it is read-only: leave --read-only out of %s", engineRun())
 	}
 	need := []capability.Cap{capability.CAP_CHOWN, capability.CAP_DAC_OVERRIDE, capability.CAP_FOWNER, capability.CAP_FSETID}
 	if slices.Contains(c.XattrClasses, "security") {
@@ -76,7 +80,7 @@ func fillRefusal(s *settings, c *bootimage.Config) error {
 		need = append(need, capability.CAP_SETPCAP)
 	}
 	if lacks := capAdds(missing(need...)); len(lacks) > 0 {
-		return fmt.Errorf("the root cannot be filled in place: add %s to docker run", strings.Join(lacks, " "))
+		return fmt.Errorf("the root cannot be filled in place: add %s to %s", strings.Join(lacks, " "), engineRun())
 	}
 	return nil
 }
@@ -96,7 +100,7 @@ func whyNoMount(err error) error {
 			continue
 		}
 		if profile, failed := os.ReadFile("/proc/self/attr/current"); failed == nil && confines(string(profile)) {
-			err = fmt.Errorf("%w: add --security-opt apparmor=unconfined to docker run", err)
+			err = fmt.Errorf("%w: add --security-opt apparmor=unconfined to %s", err, engineRun())
 		}
 		return &refusedError{err}
 	}
@@ -107,7 +111,7 @@ func whyNoMount(err error) error {
 // that is missing.
 func whichCapability(err error, need capability.Cap) error {
 	if flags := capAdds(missing(need)); len(flags) > 0 && errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("%w: add %s to docker run", err, flags[0])
+		return fmt.Errorf("%w: add %s to %s", err, flags[0], engineRun())
 	}
 	return err
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/moby/sys/mountinfo"
@@ -52,6 +53,9 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 	}
 	if err := mountWritable(c.config.IndexDigest, engine.readOnly, log); err != nil {
 		return nil, whyNoMount(errors.Join(err, c.server.Close()))
+	}
+	if err := engine.addAccounts(); err != nil {
+		return nil, err
 	}
 	// The overlay holds its layers by itself, and the cache is held by
 	// descriptor: detached, they have no path in any namespace made from here.
@@ -285,6 +289,80 @@ func (e *engineMounts) copyInto(top int) error {
 		return fmt.Errorf("make /etc/mtab: %w", err)
 	}
 	return nil
+}
+
+// maxAccounts is the size of the largest passwd or group that is looked into,
+// in bytes.
+const maxAccounts = 1 << 20
+
+// engineAccounts returns the users and groups as the engine has them in its
+// root: podman adds one to those of the image when it is told a user whom the
+// image does not know.
+func engineAccounts() (map[string][]byte, error) {
+	texts := make(map[string][]byte)
+	for _, p := range []string{"/etc/passwd", "/etc/group"} {
+		if info, err := os.Lstat(p); err != nil || !info.Mode().IsRegular() || info.Size() > maxAccounts {
+			continue
+		}
+		text, err := os.ReadFile(p)
+		if err != nil {
+			return nil, err
+		}
+		texts[p] = text
+	}
+	return texts, nil
+}
+
+// addAccounts brings the users and groups of the engine into the new root.
+func (e *engineMounts) addAccounts() error {
+	texts, err := engineAccounts()
+	for p, text := range texts {
+		if !slices.Contains(e.points, p) {
+			err = errors.Join(err, addAccount(p, text))
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("bring the engine's users into the root: %w", err)
+	}
+	return nil
+}
+
+// addAccount makes text, which the engine has at p, that of the new root, if
+// it is longer than in the image and nobody has changed that.
+func addAccount(p string, text []byte) error {
+	var was, is unix.Stat_t
+	for dir, st := range map[string]*unix.Stat_t{bootimage.LowerPath: &was, bootimage.RootPath: &is} {
+		fd, err := openInside(dir, p, unix.O_PATH)
+		if err != nil {
+			return nil // no file, or one by way of links
+		}
+		err = unix.Fstat(fd, st)
+		unix.Close(fd)
+		if err != nil {
+			return err
+		}
+	}
+	if was.Mode&unix.S_IFMT != unix.S_IFREG || is.Size != was.Size || is.Mtim != was.Mtim || int64(len(text)) <= was.Size {
+		return nil
+	}
+	// Emptied, it is not copied from the image: there is no network yet.
+	fd, err := openInside(bootimage.RootPath, p, unix.O_WRONLY|unix.O_TRUNC)
+	if err != nil {
+		return err
+	}
+	f := os.NewFile(uintptr(fd), p)
+	_, err = f.Write(text)
+	return errors.Join(err, f.Close())
+}
+
+// openInside opens the file p below dir. Links are not followed.
+func openInside(dir, p string, flags int) (int, error) {
+	top, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(top)
+	return unix.Openat2(top, p, &unix.OpenHow{Flags: uint64(flags) | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS})
 }
 
 // copyLink makes the symbolic link p of the engine's root below the directory
