@@ -22,6 +22,10 @@ zstd             zstd
 getfattr         attr
 setfacl          acl
 getcap           libcap2-bin
+podman           podman
+newuidmap        uidmap
+ctr              containerd
+runc             runc
 ip               iproute2
 nsenter          util-linux
 strace           strace

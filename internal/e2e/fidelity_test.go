@@ -51,7 +51,7 @@ func rowGroups() []rowGroup {
 }
 
 // furtherSections follow the tables on the page.
-func furtherSections() []string { return []string{matrixSection()} }
+func furtherSections() []string { return []string{matrixSection(), engineSection()} }
 
 // A subject is a way to run a program: the source image, or the converted one
 // in a mode.

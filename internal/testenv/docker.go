@@ -44,6 +44,28 @@ func StartDocker(ctx context.Context, dir string) (*Docker, error) {
 	if err != nil {
 		return nil, err
 	}
+	return startDocker(ctx, dir, exec.Command)
+}
+
+// StartRemappedDocker starts a dockerd as StartDocker does, with user
+// namespaces (--userns-remap): root of a container is an ordinary user of the
+// host. The user of the containers must be able to reach dir. Such an engine
+// gives no container the host's network.
+func StartRemappedDocker(ctx context.Context, dir string) (*Docker, error) {
+	dir, err := absDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	host, err := newHost(dir)
+	if err != nil {
+		return nil, err
+	}
+	return startDocker(ctx, dir, host.command, "--userns-remap", tenant)
+}
+
+// startDocker starts dockerd through command, with more options.
+func startDocker(ctx context.Context, dir string, command func(string, ...string) *exec.Cmd, options ...string) (*Docker, error) {
+	var err error
 	d := &Docker{Socket: filepath.Join(dir, "docker.sock"), dir: dir}
 	execRoot := filepath.Join(dir, "run")
 	if long := filepath.Join(execRoot, "containerd/containerd-debug.sock"); len(long) > maxSocket {
@@ -55,7 +77,7 @@ func StartDocker(ctx context.Context, dir string) (*Docker, error) {
 	// Where a system containerd runs, dockerd uses it. A namespace of its own
 	// keeps the containers apart from those of the system's Docker.
 	ns := "bootfs-" + strconv.Itoa(os.Getpid())
-	cmd := exec.Command("dockerd",
+	cmd := command("dockerd", append(options,
 		"--data-root", filepath.Join(dir, "data"),
 		"--exec-root", execRoot,
 		"--pidfile", filepath.Join(dir, "dockerd.pid"),
@@ -64,7 +86,7 @@ func StartDocker(ctx context.Context, dir string) (*Docker, error) {
 		"--containerd-namespace", ns, "--containerd-plugins-namespace", ns+"-plugins",
 		"--storage-driver", "overlay2",
 		"--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false",
-		"--shutdown-timeout", "5")
+		"--shutdown-timeout", "5")...)
 	if err := os.WriteFile(filepath.Join(dir, "daemon.json"), []byte("{}\n"), 0o644); err != nil {
 		return nil, err
 	}

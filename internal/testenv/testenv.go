@@ -45,7 +45,10 @@ func startDaemon(name, logPath string, cmd *exec.Cmd, onDeath syscall.Signal) (*
 	cmd.Stdout, cmd.Stderr = out, out
 	// A process group of its own: Ctrl-C in the terminal reaches us, and we
 	// stop the server in order.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: onDeath}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Setpgid, cmd.SysProcAttr.Pdeathsig = true, onDeath
 
 	d := &daemon{name: name, log: logPath, cmd: cmd, done: make(chan struct{})}
 	started := make(chan error)

@@ -1,0 +1,73 @@
+package testenv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+)
+
+// Containerd is a containerd without Docker, used through ctr.
+type Containerd struct {
+	dir    string
+	daemon *daemon
+}
+
+// StartContainerd starts a containerd that keeps everything below dir and waits
+// until it answers.
+func StartContainerd(ctx context.Context, dir string) (*Containerd, error) {
+	dir, err := absDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	c := &Containerd{dir: dir}
+	config := filepath.Join(dir, "config.toml")
+	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = %q\n",
+		filepath.Join(dir, "root"), filepath.Join(dir, "state"), c.socket())
+	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+		return nil, err
+	}
+	host, err := newHost(dir)
+	if err != nil {
+		return nil, err
+	}
+	cmd := host.closedCommand(filepath.Join(dir, "ready"), "containerd", "--config", config)
+	if c.daemon, err = startDaemon("containerd", filepath.Join(dir, "containerd.log"), cmd, syscall.SIGKILL); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
+	defer cancel()
+	if err := c.daemon.ready(ctx, func() error {
+		_, err := c.Output(ctx, "version")
+		return err
+	}); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+func (c *Containerd) socket() string { return filepath.Join(c.dir, "containerd.sock") }
+
+// Fifos is the directory for those that ctr makes for a container's output
+// (--fifo-dir).
+func (c *Containerd) Fifos() string { return filepath.Join(c.dir, "fifos") }
+
+// Command returns a call of ctr.
+func (c *Containerd) Command(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, "ctr", append([]string{"--address", c.socket()}, args...)...)
+}
+
+// Output runs ctr and returns what it wrote to stdout; an error carries stdout
+// and stderr.
+func (c *Containerd) Output(ctx context.Context, args ...string) (string, error) {
+	out, err := output(c.Command(ctx, args...))
+	return string(out), err
+}
+
+// Close ends containerd and the containers. Mounts and processes go with their
+// namespaces; its directory may be removed after.
+func (c *Containerd) Close() error { return c.daemon.stop(10 * time.Second) }
