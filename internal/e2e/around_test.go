@@ -14,14 +14,19 @@ import (
 	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
+// modeFlags are what docker run is told for a mode.
+func modeFlags(mode string) []string {
+	flags := []string{"--env", "BOOTFS_MODE=" + mode}
+	if mode == "fuse" {
+		flags = append(flags, "--device", "/dev/fuse", "--cap-add", "SYS_ADMIN")
+	}
+	return flags
+}
+
 // inMode returns the small image, converted, in a mode.
 func inMode(t *testing.T, mode string) *subject {
 	t.Helper()
-	s := &subject{name: mode, flags: []string{"--env", "BOOTFS_MODE=" + mode}}
-	if mode == "fuse" {
-		s.flags = append(s.flags, "--device", "/dev/fuse", "--cap-add", "SYS_ADMIN")
-	}
-	return s.of(t, "plain")
+	return (&subject{name: mode, flags: modeFlags(mode)}).of(t, "plain")
 }
 
 // buildImage builds an image with docker build in a directory with the file "added".

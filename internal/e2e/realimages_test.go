@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -76,7 +75,7 @@ func TestRealImages(t *testing.T) {
 
 // realSubjects puts a real image into the registry, converts it there, and
 // returns the ways to run it, the source first.
-func realSubjects(t *testing.T, name string) []*subject {
+func realSubjects(t testing.TB, name string) []*subject {
 	t.Helper()
 	cache, err := testenv.OpenCache()
 	if err != nil {
@@ -97,18 +96,14 @@ func realSubjects(t *testing.T, name string) []*subject {
 	}
 	t.Logf("%s", out)
 	for _, image := range []string{source, converted} {
-		if r := docker(t, "pull", "--quiet", image); r.code != 0 {
-			t.Fatal(r.stderr)
+		if out, err := w.docker.Output(t.Context(), "pull", "--quiet", image); err != nil {
+			t.Fatal(err, out)
 		}
 	}
-	real := make([]*subject, len(subjects))
-	for i, s := range subjects {
-		real[i] = &subject{name: s.name, image: source, flags: s.flags}
-		if s.converted() {
-			real[i].image = converted
-			// No line says how far a fill is, which takes long on a busy machine.
-			real[i].flags = append(slices.Clone(s.flags), "--env", "BOOTFS_LOG=quiet")
-		}
+	real := []*subject{{name: "source", image: source}}
+	for _, mode := range []string{"fuse", "fill"} {
+		// No line says how far a fill is, which takes long on a busy machine.
+		real = append(real, &subject{name: mode, image: converted, flags: append(modeFlags(mode), "--env", "BOOTFS_LOG=quiet")})
 	}
 	return real
 }
@@ -265,7 +260,7 @@ func redisJob(t *testing.T, s, source *subject) string {
 	}
 	start := func(s *subject) (id string) {
 		id = s.start(t, "--volume", volume+":/data", s.image, "--port", port, "--appendonly", "yes")
-		eventually(t, "redis answers", func() bool { return strings.HasSuffix(ask(id, "PING"), "PONG\n") })
+		within(t, 3*time.Minute, "redis answers", func() bool { return strings.HasSuffix(ask(id, "PING"), "PONG\n") })
 		return id
 	}
 	id := start(s)
@@ -315,7 +310,7 @@ func serveAndStop(t *testing.T, s *subject, pages ...string) string {
 	var seen strings.Builder
 	port := freePort(t)
 	id := s.start(t, "--env", "PORT="+port, s.image)
-	eventually(t, "the server listens", func() bool { return strings.Contains(docker(t, "logs", id).stdout, "listening\n") })
+	within(t, 3*time.Minute, "the server listens", func() bool { return strings.Contains(docker(t, "logs", id).stdout, "listening\n") })
 	for _, page := range pages {
 		var resp *http.Response
 		eventually(t, "the server answers", func() (ok bool) {
@@ -344,7 +339,7 @@ func stopped(t *testing.T, id string) string {
 // healthy waits until a container's health check says that it is well.
 func healthy(t *testing.T, id string) {
 	t.Helper()
-	eventually(t, "the container is healthy", func() bool {
+	within(t, 3*time.Minute, "the container is healthy", func() bool {
 		state := docker(t, "inspect", "--format", "{{.State.Status}} {{.State.Health.Status}}", id).stdout
 		if strings.HasPrefix(state, "exited") {
 			t.Fatalf("the container ended: %+v", docker(t, "logs", id))

@@ -1,5 +1,5 @@
 // Command webapp is the one file of a small test image: a web server that
-// needs nothing beside it.
+// needs nothing beside it. With arguments it prints them and ends.
 //
 //	GET /        says ok, and who the server is
 //	GET /files   lists the root directory, but for what engines and bootfs put there
@@ -20,6 +20,10 @@ import (
 )
 
 func main() {
+	if len(os.Args) > 1 {
+		fmt.Println("no server:", os.Args[1:])
+		return
+	}
 	if err := serve(); err != nil {
 		fmt.Fprintln(os.Stderr, "webapp:", err)
 		os.Exit(1)
