@@ -169,6 +169,7 @@ var smallConfigs = map[string]v1.Config{
 // fidelityLayouts are further images that rows run, by name.
 var fidelityLayouts = map[string]func(*testenv.Cache, context.Context) (string, error){
 	"files": (*testenv.Cache).FilesImage,
+	"tools": (*testenv.Cache).ToolsImage,
 }
 
 // python is the name of the image with Python on Debian.

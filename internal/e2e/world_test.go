@@ -152,7 +152,7 @@ type result struct {
 // docker runs the docker client.
 func docker(t *testing.T, args ...string) result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := w.docker.Command(ctx, args...)
 	var stdout, stderr bytes.Buffer
@@ -162,7 +162,7 @@ func docker(t *testing.T, args ...string) result {
 		t.Fatalf("docker %s: %v\n%s", strings.Join(args, " "), err, w.docker.Log())
 	}
 	if ctx.Err() != nil {
-		t.Fatalf("docker %s: not done in 2 min\n%s%s", strings.Join(args, " "), stdout.String(), stderr.String())
+		t.Fatalf("docker %s: not done in 5 min\n%s%s", strings.Join(args, " "), stdout.String(), stderr.String())
 	}
 	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
 }

@@ -7,6 +7,8 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -16,17 +18,17 @@ import (
 )
 
 // denseSize is the size of the large file of the files image, in bytes.
-const denseSize = 200 << 20
+const denseSize = 100 << 20
 
 // ProbeGroups are the groups of calls of fsprobe.
 var ProbeGroups = []string{
 	"copyup", "writers", "rename", "renamedir", "whiteouts", "links", "sparse", "copying", "range", "direct", "mmap", "locks", "watches", "dirs",
-	"times", "metadata", "ancient", "xattrs", "acls", "users", "special", "names", "exec", "many", "identity", "replaced", "statfs", "refused",
+	"times", "metadata", "ancient", "xattrs", "acls", "users", "special", "names", "exec", "many", "identity", "replaced", "statfs", "refused", "kernel",
 }
 
 // FilesImage returns an OCI layout with the small image, fsprobe in /bin and,
 // below /trees, what its groups work on: files, directories, names, modes and
-// attributes of every kind for each, a file of 200 MiB, 5,000 files in one
+// attributes of every kind for each, a file of 100 MiB, 5,000 files in one
 // directory.
 func (c *Cache) FilesImage(ctx context.Context) (string, error) {
 	busybox, applets, err := staticBusybox(ctx)
@@ -193,4 +195,52 @@ func probeFiles(group string, programs map[string][]byte) []entry {
 		}
 	}
 	return all
+}
+
+// toolsPackages are those of the tools image above the base root.
+var toolsPackages = []string{"iputils-ping", "sudo"}
+
+// ToolsImage returns an OCI layout with a Debian root that has sudo and ping. It
+// runs as user "app", who may become anybody with sudo; root's password is
+// "secret".
+func (c *Cache) ToolsImage(ctx context.Context) (string, error) {
+	base, err := c.Root(ctx)
+	if err != nil {
+		return "", err
+	}
+	full, err := c.Root(ctx, toolsPackages...)
+	if err != nil {
+		return "", err
+	}
+	files := []entry{
+		{name: "etc", typ: tar.TypeDir, mode: 0o755, mtime: made},
+		{name: "etc/sudoers.d", typ: tar.TypeDir, mode: 0o755, mtime: made},
+		{name: "etc/sudoers.d/app", mode: 0o440, mtime: made, data: []byte("app ALL=(ALL) NOPASSWD: ALL\n")},
+	}
+	for _, f := range []struct {
+		name, more string
+		mode       int64
+	}{
+		{"etc/passwd", "app:x:1000:1000::/:/bin/bash\n", 0o644},
+		{"etc/group", "app:x:1000:\n", 0o644},
+		{"etc/shadow", "app:*:19000:0:99999:7:::\n", 0o640},
+	} {
+		b, err := os.ReadFile(filepath.Join(full, f.name))
+		if err != nil {
+			return "", err
+		}
+		// Of "secret".
+		b = bytes.Replace(b, []byte("root:*:"), []byte("root:$6$bootfs$nJtNxHCCJDmgTgdDXHE2Np5W8I9wlvllLNy7ZzqK6sGYeMLcood4gAO7nL/xCwwLUTu1IPSFYPfqyeHtee7IM1:"), 1)
+		files = append(files, entry{name: f.name, mode: f.mode, mtime: made, data: append(b, f.more...)})
+	}
+	return c.layout(ctx, "tools-image", []imageSource{{
+		platform: "linux/" + runtime.GOARCH,
+		config:   v1.Config{Cmd: []string{"bash"}, Env: []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}, User: "app"},
+		layers: []layerSource{
+			{"debian root, minbase", func(w io.Writer) error { return diff(w, "", base) }},
+			{"apt-get install " + strings.Join(toolsPackages, " "), func(w io.Writer) error { return diff(w, base, full) }},
+			{"users", entries(files...)},
+		},
+		recipe: fmt.Sprintf("%s %s %v", base, full, files),
+	}})
 }

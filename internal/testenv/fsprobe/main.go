@@ -50,6 +50,7 @@ var groups = map[string]func(){
 	"replaced":  replaced,
 	"statfs":    statFS,
 	"refused":   refused,
+	"kernel":    kernelFiles,
 }
 
 func main() {

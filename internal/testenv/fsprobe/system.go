@@ -103,11 +103,11 @@ func watches() {
 	say("fanotify", err)
 }
 
-// directories reads one that holds 5,000 files of the image and 45,000 of its
+// directories reads one that holds 5,000 files of the image and 15,000 of its
 // own, with all that a reader may do.
 func directories() {
 	const dir = "/lower/many"
-	for i := range 45000 {
+	for i := range 15000 {
 		check(unix.Close(open(fmt.Sprintf("%s/own-%05d", dir, i), unix.O_CREAT|unix.O_WRONLY)))
 	}
 	fd := open(dir, unix.O_RDONLY|unix.O_DIRECTORY)
