@@ -10,6 +10,7 @@ needed='
 dockerd          docker.io
 docker           docker.io
 docker-registry  docker-registry
+docker-compose   docker-compose
 skopeo           skopeo
 umoci            umoci
 casync           casync

@@ -39,13 +39,13 @@ var volumeRows = []row{
 		"a new volume cannot be initialised through a read-only mount, exit 125: start the container once without `:ro`, or with `--cap-add SYS_ADMIN`"),
 	filledRow("`-v NAME:/vol/full:nocopy`", "/vol/full", "nocopy"),
 	{what: "a volume that holds something already", do: func(t *testing.T, s *subject) string {
-		name := freshVolume(t, s)
+		name := freshVolume(t)
 		seed(t, name, "theirs")
 		return s.run(t, "-v", name+":/vol/full", s.image, "ls", "-A", "/vol/full").String() + hostTree(t, volumeDir(t, name))
 	}},
 	{what: "a volume that the program empties, and `docker restart`", do: func(t *testing.T, s *subject) string {
-		name := freshVolume(t, s)
-		id := s.start(t, "-v", name+":/vol/full", "-v", freshVolume(t, s)+":/srv", s.image, "sh", "-c", "ls -A /vol/full /srv; rm -r /vol/full/* /srv/*; echo up; exec sleep 600")
+		name := freshVolume(t)
+		id := s.start(t, "-v", name+":/vol/full", "-v", freshVolume(t)+":/srv", s.image, "sh", "-c", "ls -A /vol/full /srv; rm -r /vol/full/* /srv/*; echo up; exec sleep 600")
 		untilUp(t, id)
 		docker(t, "restart", "--time", "0", id)
 		eventually(t, "it is up again", func() bool { return strings.Count(docker(t, "logs", id).stdout, "up\n") == 2 })
@@ -53,7 +53,7 @@ var volumeRows = []row{
 	}},
 	{what: "`docker create`, `docker cp` into a volume, `docker start`", do: func(t *testing.T, s *subject) string {
 		s = s.of(t, "volumes")
-		id := s.create(t, "-v", freshVolume(t, s)+":/etc", s.image, "sh", "-c", "cat /vol/full/file /etc/passwd; ls /vol/full")
+		id := s.create(t, "-v", freshVolume(t)+":/etc", s.image, "sh", "-c", "cat /vol/full/file /etc/passwd; ls /vol/full")
 		file := hostFile(t, "file", "changed before the start\n", 0o644)
 		return docker(t, "cp", file, id+":/vol/full/file").String() + docker(t, "cp", file, id+":/etc/passwd").String() +
 			docker(t, "start", "--attach", id).String() + hostTree(t, mountOf(t, id, "/vol/full"))
@@ -61,7 +61,7 @@ var volumeRows = []row{
 	{what: "`-v A:/vol -v B:/vol/full`, a volume in a volume", differs: map[string]string{
 		"fill": "the same in the container, but the outer volume lacks what lies below the inner one: `--cap-add SYS_ADMIN` brings it too",
 	}, do: func(t *testing.T, s *subject) string {
-		outer, inner := freshVolume(t, s), freshVolume(t, s)
+		outer, inner := freshVolume(t), freshVolume(t)
 		return s.run(t, "-v", outer+":/vol", "-v", inner+":/vol/full", s.image, "sh", "-c", "find /vol | sort").String() +
 			hostTree(t, volumeDir(t, outer)) + hostTree(t, volumeDir(t, inner))
 	}},
@@ -185,14 +185,14 @@ func sharedDir(t *testing.T) string {
 // then looks into the volume.
 func filledRow(what, at string, options ...string) row {
 	return row{what: what, do: func(t *testing.T, s *subject) string {
-		name := freshVolume(t, s)
+		name := freshVolume(t)
 		arg := strings.Join(append([]string{name, at}, options...), ":")
 		return s.run(t, "-v", arg, s.image, "sh", "-c", "stat -c '%n %a %u:%g' "+at+" "+at+"/*; touch "+at+"/new && echo writable && rm "+at+"/new").String() + hostTree(t, volumeDir(t, name))
 	}}
 }
 
 // freshVolume makes a volume that is removed when the test ends.
-func freshVolume(t *testing.T, s *subject) string {
+func freshVolume(t *testing.T) string {
 	t.Helper()
 	name := strings.TrimSpace(docker(t, "volume", "create").stdout)
 	t.Cleanup(func() {
