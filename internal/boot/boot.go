@@ -131,7 +131,8 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 		return 0, fmt.Errorf("make boot undumpable: %w", err)
 	}
 	signals := catchSignals()
-	settings, err := readSettings(c.ownEnv())
+	_, err := os.Lstat(bootimage.FillDir)
+	settings, err := readSettings(c.ownEnv(err == nil))
 	if err != nil {
 		return 0, err
 	}

@@ -73,16 +73,14 @@ func (c *caller) underInit() *caller {
 }
 
 // ownEnv returns the variables that boot itself may heed. Not those of a user's
-// process that ran a link to boot in a root that was half filled when its boot
-// was killed: with them it could have files read and sent that are root's.
-func (c *caller) ownEnv() []string {
-	if c.uid == 0 || os.Getppid() == 0 || c.underInit().program != c.program {
-		return c.env
+// process that ran a link to boot in a root that is half filled, as its boot was
+// killed: with them it could have files read and sent that are root's.
+func (c *caller) ownEnv(halfFilled bool) []string {
+	byEngine := os.Getppid() == 0 || c.underInit().program != c.program
+	if halfFilled && !byEngine && c.uid != 0 {
+		return nil
 	}
-	if _, err := os.Lstat(bootimage.FillDir); err != nil {
-		return c.env
-	}
-	return nil
+	return c.env
 }
 
 // readStrings reads a file of strings that each end with a zero byte.

@@ -119,6 +119,25 @@ func TestAwait(t *testing.T) {
 	}
 }
 
+// TestOwnEnv is of a process that no engine has started.
+func TestOwnEnv(t *testing.T) {
+	for _, c := range []struct {
+		uid        int
+		halfFilled bool
+		heeds      bool
+	}{
+		{0, false, true},
+		{0, true, true},
+		{1000, false, true},
+		{1000, true, false},
+	} {
+		app := &caller{uid: c.uid, program: "true", env: []string{"BLOB_STORE=/x"}}
+		if got := app.ownEnv(c.halfFilled); (len(got) == 1) != c.heeds {
+			t.Errorf("%+v: got %q", c, got)
+		}
+	}
+}
+
 func TestEndsFill(t *testing.T) {
 	var ends []string
 	for s := unix.Signal(1); s < 65; s++ {

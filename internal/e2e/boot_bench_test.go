@@ -110,3 +110,39 @@ func exportImage(b *testing.B, image, dir string) {
 		b.Fatalf("export %s: %v\n%s", image, err, out)
 	}
 }
+
+// BenchmarkFirstOutput measures from docker run to the end of a program that
+// loads what Python services load, in each mode; pulling counts where the engine
+// has to pull what it runs.
+func BenchmarkFirstOutput(b *testing.B) {
+	docker := func(b *testing.B, args ...string) {
+		b.Helper()
+		if _, err := w.docker.Output(b.Context(), args...); err != nil {
+			b.Fatal(err)
+		}
+	}
+	cache := b.TempDir()
+	mode := func(image string, args ...string) []string {
+		return append(append([]string{"run", "--rm", "--network", "host"}, args...), image)
+	}
+	for _, c := range []struct {
+		name, image string
+		run         []string
+	}{
+		{"source", w.source, mode(w.source)},
+		{"fuse", w.image, mode(w.image, "--device", "/dev/fuse", "--cap-add", "SYS_ADMIN")},
+		{"fill", w.image, mode(w.image, "--env", "BOOTFS_MODE=fill")},
+		{"fill-cache", w.image, mode(w.image, "--env", "BOOTFS_MODE=fill", "--volume", cache+":/.bootfs/rootfs.castr")},
+	} {
+		b.Run(c.name, func(b *testing.B) {
+			docker(b, c.run...) // fills the cache, if it has one
+			for b.Loop() {
+				b.StopTimer()
+				docker(b, "rmi", "--force", c.image)
+				b.StartTimer()
+				docker(b, "pull", "--quiet", c.image)
+				docker(b, c.run...)
+			}
+		})
+	}
+}
