@@ -112,7 +112,6 @@ func run(out *console) (int, error) {
 			return 0, err
 		}
 		switch word, err := await(bootimage.Dir); {
-		case err == nil && word == wordFilled:
 		case err == nil:
 			return 0, follow(c, word == wordS3)
 		case errors.Is(err, errNoBoot) && (isFilled(config) || time.Now().Before(deadline)):
@@ -162,7 +161,7 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 	if why != "" {
 		out.log.Warn("the root is filled in place: " + why)
 	}
-	return leadFilled(c, content, meeting, signals, out)
+	return leadFilled(c, content, signals, out)
 }
 
 // leadMounted mounts the root and runs the app in it. A refusedError means that

@@ -32,7 +32,7 @@ func isFilled(config *bootimage.Config) bool {
 
 // leadFilled fills the root and becomes the caller's program. It returns
 // only if it cannot, or if a signal ends the container meanwhile.
-func leadFilled(c *caller, content *content, meeting *meeting, signals <-chan os.Signal, out *console) (int, error) {
+func leadFilled(c *caller, content *content, signals <-chan os.Signal, out *console) (int, error) {
 	content.openFetcher(false)
 	content.warnOfHiddenChanges()
 	// An image that was filled by another index and converted again.
@@ -52,7 +52,8 @@ func leadFilled(c *caller, content *content, meeting *meeting, signals <-chan os
 	if err != nil || status != 0 {
 		return status, err
 	}
-	meeting.ready(wordFilled)
+	// Its followers see that this boot is gone, and the note: then the program is
+	// what the container's first process runs.
 	return 0, becomeProgram(c, content.config, out)
 }
 

@@ -98,7 +98,7 @@ func TestAwait(t *testing.T) {
 		err  error
 	}{
 		{string([]byte{wordReady}), wordReady, nil},
-		{string([]byte{wordWait, wordWait, wordFilled}), wordFilled, nil},
+		{string([]byte{wordWait, wordWait, wordS3}), wordS3, nil},
 		{string([]byte{wordWait}), 0, errNoBoot}, // it has become the program
 		{"", 0, errNoBoot},
 	} {

@@ -48,10 +48,9 @@ type meeting struct {
 }
 
 const (
-	wordReady  = 1
-	wordS3     = 2 // ready, and the variables with credentials for S3 are boot's own
-	wordWait   = 3 // not yet
-	wordFilled = 4 // the root was filled in place
+	wordReady = 1
+	wordS3    = 2 // ready, and the variables with credentials for S3 are boot's own
+	wordWait  = 3 // not yet
 )
 
 func meetingAddress(dir string) (*net.UnixAddr, error) {

@@ -208,7 +208,8 @@ func TestFillMeetsADamagedChunk(t *testing.T) {
 
 // TestCommitOfAFilledContainer runs an image that was made of one.
 func TestCommitOfAFilledContainer(t *testing.T) {
-	id := startFilled(t, w.image, "sh", "-c", "echo changed > /tmp/file; echo done; exec sleep 600")
+	_, image := fidelityImage(t, "plain")
+	id := startFilled(t, "--user", "nobody", image, "sh", "-c", "echo changed > /tmp/file; echo done; exec sleep 600")
 	eventually(t, "the program has run", func() bool { return docker(t, "logs", id).stdout == "done\n" })
 	const name = "committed:filled"
 	if r := docker(t, "commit", id, name); r.code != 0 {
@@ -216,8 +217,8 @@ func TestCommitOfAFilledContainer(t *testing.T) {
 	}
 	t.Cleanup(func() { _, _ = w.docker.Output(context.Background(), "rmi", "--force", name) })
 	for _, args := range [][]string{nil, {"--read-only"}, {"--security-opt", "no-new-privileges"}, {"--cap-drop", "ALL"}, {"--env", "BOOTFS_MODE=auto", "--device", "/dev/fuse", "--cap-add", "SYS_ADMIN"}} {
-		r := docker(t, append(append([]string{"run", "--rm", "--network", "none"}, args...), name, "sh", "-c", "id -un; cat /tmp/file; env | grep ^BOOTFS; grep CapEff /proc/self/status")...)
-		if r.code != 0 || r.stdout != "app\nchanged\nCapEff:\t0000000000000000\n" || r.stderr != "" {
+		r := docker(t, append(append([]string{"run", "--rm", "--network", "none", "--user", "nobody"}, args...), name, "sh", "-c", "id -un; cat /tmp/file; env | grep ^BOOTFS; grep CapEff /proc/self/status")...)
+		if r.code != 0 || r.stdout != "nobody\nchanged\nCapEff:\t0000000000000000\n" || r.stderr != "" {
 			t.Errorf("%v: exit %d, stdout %q, stderr %q", args, r.code, r.stdout, r.stderr)
 		}
 	}
