@@ -83,6 +83,20 @@ func TestVolumeOfSeveral(t *testing.T) {
 	}
 }
 
+// What cannot be had ends the container, in words that name the volume.
+func TestVolumeWithoutChunks(t *testing.T) {
+	source, _ := fidelityImage(t, "plain")
+	const image = "small:elsewhere"
+	store := t.TempDir()
+	if out, err := w.command("--boot", w.boot, "--store", store, "docker-daemon:"+source, "docker-daemon:"+image).CombinedOutput(); err != nil {
+		t.Fatalf("convert: %v\n%s", err, out)
+	}
+	r := run(t, "-v", t.TempDir()+":"+store, "-v", freshVolume(t)+":/vol/full", image, "ls", "/vol/full")
+	if r.code != 125 || r.stdout != "" || !strings.Contains(r.stderr, "initialise the volume at /vol/full: ") {
+		t.Errorf("%+v", r)
+	}
+}
+
 // secondVersion is the small image with one file more, in its converted form.
 func secondVersion(t *testing.T) string {
 	t.Helper()
