@@ -75,10 +75,13 @@ func appInit() error {
 			return err
 		}
 	}
+	if err := enterDirectory(order.Cwd); err != nil {
+		return err
+	}
 	if err := becomeUser(order.UID, order.GID, order.Groups); err != nil {
 		return err
 	}
-	return execProgram(order.Program, order.Argv, order.Env, order.Cwd)
+	return execProgram(order.Program, order.Argv, order.Env)
 }
 
 func readOrder() (*appOrder, error) {
@@ -184,13 +187,33 @@ func becomeUser(uid, gid int, groups []int) error {
 	return nil
 }
 
+// enterDirectory makes dir the working directory, and makes it if it is
+// missing. As engines do, it is called before the process becomes the user, who
+// may start in a directory that is closed to him.
+func enterDirectory(dir string) error {
+	err := os.Chdir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = os.MkdirAll(dir, 0o755); err == nil {
+			err = os.Chdir(dir)
+		}
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		// In a root that was filled before, boot may be the user from the start;
+		// the engine has entered the directory then.
+		if here, failed := unix.Getwd(); failed == nil && here == dir {
+			return nil
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("enter the working directory: %w", err)
+	}
+	return nil
+}
+
 // execProgram replaces the process by the program, looked up on the PATH of
 // env. It returns only on failure, and then with the status and the words that
 // engines have for the same failure.
-func execProgram(program string, argv, env []string, cwd string) error {
-	if err := os.Chdir(cwd); err != nil {
-		return fmt.Errorf("enter the working directory: %w", err)
-	}
+func execProgram(program string, argv, env []string) error {
 	os.Clearenv()
 	for _, v := range env {
 		if name, value, ok := strings.Cut(v, "="); ok {

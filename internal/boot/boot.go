@@ -29,8 +29,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"syscall"
 	"time"
 
+	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/internal/bootimage"
@@ -138,6 +140,10 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 	m, why, err := choose(settings, config)
 	if err != nil {
 		return 0, err
+	}
+	// Directories that boot makes are root's, not of the app's group.
+	if err := syscall.Setresgid(0, 0, 0); err != nil {
+		return 0, whichCapability(fmt.Errorf("become group 0: %w", err), capability.CAP_SETGID)
 	}
 	content, err := openContent(config, settings, out)
 	if err != nil {

@@ -232,11 +232,14 @@ func becomeProgram(c *caller, config *bootimage.Config, out *console) error {
 			return err
 		}
 	}
+	if err := enterDirectory(c.cwd); err != nil {
+		return err
+	}
 	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
 		return err
 	}
 	out.flush()
-	return execProgram(c.program, c.argv, c.withoutOwnEnv(ownS3Variables(settings, config)).env, c.cwd)
+	return execProgram(c.program, c.argv, c.withoutOwnEnv(ownS3Variables(settings, config)).env)
 }
 
 // ownS3Variables reports whether the variables with credentials for S3 are

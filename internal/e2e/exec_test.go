@@ -60,6 +60,7 @@ func TestExecDuringTheStart(t *testing.T) {
 		{args: []string{"python3", "-c", "import json; print(json.dumps([1]))"}, want: "[1]\n"},
 		{args: []string{"/usr/bin/id", "-un"}, want: "app\n"},
 		{args: []string{"sh", "-c", "wc -l < /app/main.py; readlink /proc/self/exe"}, want: "18\n/usr/bin/readlink\n"},
+		{args: []string{"/usr/lib/apt/apt-helper", "cat-file", "/app/data/old"}, want: "from before 1970\n"},
 	}
 	for _, c := range calls {
 		c.got = make(chan result, 1)

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"encoding/json"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -169,48 +168,6 @@ func TestAppIsAlone(t *testing.T) {
 	converted := inside(append(append(append([]string{"run", "--rm"}, flags...), tail...), w.image, "sh", "-c", script)...)
 	if source != converted {
 		t.Errorf("the app sees other things than in its source image\nsource:\n%s\nconverted:\n%s", source, converted)
-	}
-}
-
-func TestIdentity(t *testing.T) {
-	const script = `id; pwd; umask; ulimit -n; env | sort; stat -c '%n %a %u:%g' / /tmp /app /etc/shadow; readlink /proc/1/exe /dev/fd /dev/stdin`
-	for _, args := range [][]string{
-		nil,
-		{"--user", "root"},
-		{"--user", "1000:12"},
-		{"--user", "nobody"},
-		{"--user", "12345", "--group-add", "20", "--group-add", "audio"},
-		{"--workdir", "/usr/lib"},
-		{"--workdir", "/not/there/yet", "--user", "root"},
-		{"--env", "HOME=/elsewhere"},
-		{"--ulimit", "nofile=123:456"},
-		{"--read-only"},
-		{"--tmpfs", "/run"},
-		{"--init"},
-	} {
-		t.Run(fmt.Sprint(args), func(t *testing.T) {
-			source := docker(t, append(append([]string{"run", "--rm", "--network", "host"}, args...), w.source, "sh", "-c", script)...)
-			converted := run(t, append(args, w.image, "sh", "-c", script)...)
-			if source != converted {
-				t.Errorf("\nsource:    %+v\nconverted: %+v", source, converted)
-			}
-		})
-	}
-}
-
-func TestSetuidAndCapabilities(t *testing.T) {
-	for _, command := range []string{
-		`testapp-setuid status | grep -E '^(Uid|Gid|Cap.*|NoNewPrivs|Seccomp):'`,
-		`testapp-netraw status | grep -E '^(Uid|Gid|Cap.*|NoNewPrivs|Seccomp):'`,
-	} {
-		source := docker(t, "run", "--rm", "--network", "host", w.source, "sh", "-c", command)
-		converted := run(t, w.image, "sh", "-c", command)
-		if source != converted {
-			t.Errorf("%s\nsource:    %+v\nconverted: %+v", command, source, converted)
-		}
-	}
-	if r := run(t, w.image, "testapp-netraw", "status"); !strings.Contains(r.stdout, "CapEff:\t0000000000002000\n") {
-		t.Errorf("a file capability has no effect:\n%s", r.stdout)
 	}
 }
 

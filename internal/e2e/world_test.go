@@ -152,11 +152,17 @@ type result struct {
 // docker runs the docker client.
 func docker(t *testing.T, args ...string) result {
 	t.Helper()
+	return dockerWith(t, nil, args...)
+}
+
+// dockerWith runs the docker client with stdin.
+func dockerWith(t *testing.T, stdin io.Reader, args ...string) result {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := w.docker.Command(ctx, args...)
 	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
 	err := cmd.Run()
 	if exit := (*exec.ExitError)(nil); err != nil && !errors.As(err, &exit) {
 		t.Fatalf("docker %s: %v\n%s", strings.Join(args, " "), err, w.docker.Log())
