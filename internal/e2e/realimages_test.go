@@ -28,7 +28,7 @@ var realImageJobs = map[string]func(t *testing.T, s, source *subject) string{
 	"perl":     program("perl", "job.pl"),
 	"go": program("sh", "-e", "-c", `
 		cp -r /src /go/src/tally; cd /go/src/tally
-		export GOPROXY=off GOFLAGS=-trimpath
+		export GOPROXY=off
 		go vet ./...; go test ./... | sed 's/\t[0-9.]*s$//'
 		go install .; tally b a b
 		go list -deps . | wc -l; gofmt -l .; go version -m /go/bin/tally`),
