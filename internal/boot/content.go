@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -261,12 +263,29 @@ func cutOff(s chunkstore.Stats, resolvers []string) string {
 	if !onTheWay(why) {
 		return warning // it says what to do
 	}
-	by := "no resolver"
-	if len(resolvers) > 0 {
-		by = "resolver " + strings.Join(resolvers, ", ")
+	if slices.ContainsFunc(s.Stores, hasHostName) {
+		by := "no resolver"
+		if len(resolvers) > 0 {
+			by = "resolver " + strings.Join(resolvers, ", ")
+		}
+		warning += " (looked up by " + by + ")"
 	}
-	return fmt.Sprintf("%s (looked up by %s): give the container a way there (--network, --dns), a filled cache (-v CACHE:%s) or another store (-e BLOB_STORE=ADDRESS)",
-		warning, by, bootimage.CachePath)
+	return fmt.Sprintf("%s: give the container a way there (--network, --dns), a filled cache (-v CACHE:%s) or another store (-e BLOB_STORE=ADDRESS)",
+		warning, bootimage.CachePath)
+}
+
+// hasHostName reports whether a store that fails is on a host whose name must be
+// looked up.
+func hasHostName(s chunkstore.StoreStats) bool {
+	if s.LastError == nil {
+		return false
+	}
+	u, err := url.Parse(s.Name)
+	if err != nil {
+		return false
+	}
+	_, err = netip.ParseAddr(u.Hostname())
+	return err != nil
 }
 
 // lastErrors is why chunks could not be had, as far as stores have said.

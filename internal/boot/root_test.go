@@ -184,6 +184,7 @@ func TestPlace(t *testing.T) {
 func TestCutOff(t *testing.T) {
 	failing := chunkstore.StoreStats{Name: "registry://r/a", LastError: fmt.Errorf("registry://r/a: %w", &net.OpError{Op: "dial", Err: unix.ECONNREFUSED})}
 	unknown := chunkstore.StoreStats{Name: "ssh://r/a", LastError: errors.New("ssh://r/a: r does not let root in")}
+	numbered := chunkstore.StoreStats{Name: "registry+http://[2001:db8::1]:5000/a", LastError: failing.LastError}
 	answering := chunkstore.StoreStats{Name: "/store", Count: chunkstore.Count{Chunks: 1}}
 	for _, c := range []struct {
 		name   string
@@ -194,6 +195,8 @@ func TestCutOff(t *testing.T) {
 		{"nothing was asked for", []chunkstore.StoreStats{{Name: "registry://r/a"}}, nil, ""},
 		{"one of two answers", []chunkstore.StoreStats{failing, answering}, nil, ""},
 		{"none answers", []chunkstore.StoreStats{failing, {Name: "unasked"}}, []string{"in 5s: registry://r/a: dial", "resolver 192.0.2.1, 192.0.2.2", "--network", "BLOB_STORE"}, "unasked"},
+		{"an address needs no resolver", []chunkstore.StoreStats{numbered}, []string{"refused: give", "--network"}, "resolver"},
+		{"one of two has a name", []chunkstore.StoreStats{numbered, failing}, []string{"resolver 192.0.2.1, 192.0.2.2"}, ""},
 		{"who asks is unknown", []chunkstore.StoreStats{unknown}, []string{"in 5s: ssh://r/a: r does not let root in"}, "--network"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
