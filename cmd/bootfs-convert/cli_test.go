@@ -17,6 +17,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/scratch"
+	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
 func TestExplain(t *testing.T) {
@@ -106,6 +107,38 @@ func TestLines(t *testing.T) {
 	quiet.event(e)
 	if b.Len() > 0 {
 		t.Errorf("--quiet shows %q", b.String())
+	}
+}
+
+// TestHowToRun reads the last line that a conversion writes.
+func TestHowToRun(t *testing.T) {
+	const begin = "run it: docker run --device /dev/fuse --cap-add SYS_ADMIN "
+	daemon, registry := transport.Ref{Transport: transport.Daemon, Name: "a:1"}, transport.Ref{Transport: transport.Registry, Name: "r.example.com/a:1"}
+	for _, tt := range []struct {
+		name        string
+		dst         transport.Ref
+		flag, store string // --store, and where the chunks are
+		quiet       bool
+		want        string // "" for nothing
+	}{
+		{"a registry", registry, "", "registry://r.example.com/a", false, begin + "r.example.com/a:1; "},
+		{"a registry on this machine", registry, "", "registry+http://127.0.0.1:5000/a", false, begin + "--network host r.example.com/a:1; "},
+		{"a directory", daemon, "c", "/srv/c", false, begin + "-v /srv/c:/srv/c:ro a:1; "},
+		{"a directory of the converter's container", daemon, "", "/output/c", false, begin + "-v DIRECTORY:/output/c:ro a:1; "},
+		{"quiet", registry, "", "registry://r.example.com/a", true, ""},
+		{"no engine has it", transport.Ref{Transport: transport.OCI, Path: "dir", Name: "a"}, "", "", false, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var out bytes.Buffer
+			f := &convertFlags{common: &common{stdio: stdio{stdout: &out}, quiet: tt.quiet}, store: tt.flag}
+			if err := f.printReport(&convert.Report{Store: tt.store}, tt.dst); err != nil {
+				t.Fatal(err)
+			}
+			_, got, _ := strings.Cut(out.String(), "\n")
+			if !strings.HasPrefix(got, tt.want) || (got == "") != (tt.want == "") {
+				t.Errorf("got %q, want %q", got, tt.want)
+			}
+		})
 	}
 }
 

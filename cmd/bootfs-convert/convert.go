@@ -5,7 +5,9 @@ import (
 	"context"
 	"debug/elf"
 	"fmt"
+	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 
@@ -15,6 +17,7 @@ import (
 	"github.com/container-bootfs/bootfs/internal/assembly"
 	"github.com/container-bootfs/bootfs/internal/bootbin"
 	"github.com/container-bootfs/bootfs/internal/convert"
+	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/transport"
 )
@@ -114,11 +117,11 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 	if f.json {
 		return f.writeJSON(report)
 	}
-	return f.printReport(report)
+	return f.printReport(report, dst)
 }
 
-// printReport writes a conversion's result for people.
-func (f *convertFlags) printReport(r *convert.Report) error {
+// printReport writes the result of a conversion to dst for people.
+func (f *convertFlags) printReport(r *convert.Report, dst transport.Ref) error {
 	var b strings.Builder
 	for _, p := range r.Platforms {
 		switch {
@@ -145,8 +148,27 @@ func (f *convertFlags) printReport(r *convert.Report) error {
 		}
 		fmt.Fprintf(&b, "also tagged %s\n", transport.KeepTag(index))
 	}
+	if !f.quiet && (dst.Transport == transport.Registry || dst.Transport == transport.Daemon) {
+		fmt.Fprintf(&b, "run it: docker run %s; without the first two flags its files are fetched before it starts\n", f.runArgs(r.Store, dst.Name))
+	}
 	_, err := fmt.Fprint(f.stdout, b.String())
 	return err
+}
+
+// runArgs are the arguments of docker run for an image whose root is to be
+// mounted and whose chunks are in store.
+func (f *convertFlags) runArgs(store, image string) string {
+	args := []string{"--device /dev/fuse --cap-add SYS_ADMIN"}
+	switch u, err := url.Parse(store); {
+	case filepath.IsAbs(store) && f.store == "":
+		// The environment of the converter's container names a directory there.
+		args = append(args, "-v DIRECTORY:"+store+":ro")
+	case filepath.IsAbs(store):
+		args = append(args, "-v "+store+":"+store+":ro")
+	case err == nil && httpio.IsLoopback(u.Host):
+		args = append(args, "--network host")
+	}
+	return strings.Join(append(args, image), " ")
 }
 
 // writtenFor says why the bytes of p were written, where that is not because
