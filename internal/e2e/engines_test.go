@@ -63,14 +63,15 @@ func (s *engineSubject) container(t *testing.T) string {
 // with args.
 func (s *engineSubject) run(t *testing.T, flags []string, args ...string) result {
 	t.Helper()
-	return s.call(t, s.runLine(t, []string{"--rm"}, flags, args)...)
+	log := s.output(t)
+	return log.addTo(t, s.call(t, s.runLine(t, log, []string{"--rm"}, flags, args)...))
 }
 
 // start runs a container in the background until the test ends and returns its
 // name.
 func (s *engineSubject) start(t *testing.T, flags []string, args ...string) string {
 	t.Helper()
-	if r := s.call(t, s.runLine(t, []string{"--detach"}, flags, args)...); r.code != 0 {
+	if r := s.call(t, s.runLine(t, s.output(t), []string{"--detach"}, flags, args)...); r.code != 0 {
 		t.Fatalf("exit %d: %s", r.code, r.stderr)
 	}
 	name := s.container(t)
@@ -87,7 +88,7 @@ func (s *engineSubject) start(t *testing.T, flags []string, args ...string) stri
 	return name
 }
 
-func (s *engineSubject) runLine(t *testing.T, first, flags, args []string) []string {
+func (s *engineSubject) runLine(t *testing.T, log outputFile, first, flags, args []string) []string {
 	line := slices.Concat([]string{"run"}, first, s.all, s.flags, flags)
 	if s.ctr == nil {
 		return slices.Concat(line, []string{"--name", s.container(t), s.image(s)}, args)
@@ -96,7 +97,34 @@ func (s *engineSubject) runLine(t *testing.T, first, flags, args []string) []str
 		// ctr makes no volumes.
 		line = append(line, "--volume", openDir(t)+":/.bootfs/rw")
 	}
-	return slices.Concat(forCtr(line), []string{"--fifo-dir", s.ctr.Fifos(), s.image(s), s.container(t)}, args)
+	return slices.Concat(forCtr(line), log.flags(), []string{s.image(s), s.container(t)}, args)
+}
+
+// An outputFile is the path of a file that gets what a program under ctr writes,
+// "" in other engines: ctr itself loses the output of a program that ends soon.
+type outputFile string
+
+func (s *engineSubject) output(t *testing.T) outputFile {
+	if s.ctr == nil {
+		return ""
+	}
+	return outputFile(filepath.Join(openDir(t), "output"))
+}
+
+func (f outputFile) flags() []string { return []string{"--log-uri", "file://" + string(f)} }
+
+// addTo puts the output into r.
+func (f outputFile) addTo(t *testing.T, r result) result {
+	t.Helper()
+	if f == "" {
+		return r
+	}
+	b, err := os.ReadFile(string(f))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	r.stdout += string(b)
+	return r
 }
 
 // forCtr gives docker's flags the names that ctr has for them.
@@ -145,11 +173,11 @@ func openDir(t *testing.T) string {
 // exec runs a program in a running container.
 func (s *engineSubject) exec(t *testing.T, flags []string, container string, args ...string) result {
 	t.Helper()
-	line := []string{"exec"}
+	line, log := []string{"exec"}, s.output(t)
 	if s.ctr != nil {
-		line = []string{"task", "exec", "--exec-id", fmt.Sprint("exec-", time.Now().UnixNano()), "--fifo-dir", s.ctr.Fifos()}
+		line = append([]string{"task", "exec", "--exec-id", fmt.Sprint("exec-", time.Now().UnixNano())}, log.flags()...)
 	}
-	return s.call(t, slices.Concat(line, flags, []string{container}, args)...)
+	return log.addTo(t, s.call(t, slices.Concat(line, flags, []string{container}, args)...))
 }
 
 // kill sends a signal to a container.
@@ -254,7 +282,7 @@ var engineRows = []engineRow{
 		return s.run(t, []string{"--volume", s.container(t) + ":/vol/full"}, "sh", "-c", `find /vol/full -exec stat -c '%n %F %a %u:%g %s' {} + | sort`).String()
 	}},
 	{what: "files, their modes, owners and links", fill: true, do: in(
-		`find / -xdev \( -path /.bootfs -o -path /proc -o -path /sys -o -path /dev -o -name .dockerenv -o -name .containerenv -o -name mtab \) -prune -o ! -path / -exec stat -c '%n %F %a %u:%g %h' {} + | sed '/directory/s/ [0-9]*$//' | sort; readlink /opt/current /opt/dangling /etc/mtab`)},
+		`find / -xdev \( -path /.bootfs -o -path /proc -o -path /sys -o -path /dev -o -name .dockerenv -o -name .containerenv -o -name mtab \) -prune -o ! -path / -exec stat -c '%n %F %a %u:%g %h' {} + 2>&1 | sed '/directory/s/ [0-9]*$//' | sort; for l in /opt/current /opt/dangling /etc/mtab; do readlink $l; done`)},
 	{what: "a writable root: copy-up, removal, renames", fill: true, do: in(`
 		exec 2>&1
 		echo more >> /opt/tools/script; cat /opt/tools/script
@@ -274,7 +302,7 @@ var engineRows = []engineRow{
 		mount -t tmpfs none /mnt 2>/dev/null && echo mounted
 		grep -E ' /(proc|sys)/' /proc/self/mountinfo | cut -d' ' -f5,6 | sort`)},
 	{what: "`-t`", without: []string{plainCtr}, do: in("tty; stty size </dev/tty >/dev/null && echo a terminal of its own", "--tty")},
-	{what: "`--read-only`", do: in("touch /x; touch /dev/shm/y && echo shm", "--read-only")},
+	{what: "`--read-only`", do: in("exec 2>&1; touch /x; touch /dev/shm/y && echo shm", "--read-only")},
 	{what: "`--tmpfs` over a directory of the image", without: []string{plainCtr}, do: in("ls -A /srv; grep -c ' /srv ' /proc/self/mountinfo", "--tmpfs", "/srv")},
 	{what: "a user namespace of the program's own", do: in("unshare -U true 2>/dev/null && echo made"), differs: map[string]string{
 		rootful: podmanUnshare, rootless: podmanUnshare,
@@ -332,7 +360,7 @@ func compareIn(t *testing.T, e *otherEngine) {
 		bare := &engineSubject{otherEngine: e, name: "bare", flags: slices.Concat(e.store, []string{"--env", "BOOTFS_MODE=fuse"})}
 		says := map[string]string{remapped: "to docker run\n", rootful: "to podman run\n", rootless: "to podman run\n", plainCtr: "to docker run (what ctr"}
 		r := bare.run(t, nil, "true")
-		if r.code != 125 || !strings.Contains(r.stderr, "add --device /dev/fuse --cap-add SYS_ADMIN "+says[e.name]) {
+		if r.code != 125 || !strings.Contains(r.stdout+r.stderr, "add --device /dev/fuse --cap-add SYS_ADMIN "+says[e.name]) {
 			t.Errorf("%+v; want exit 125 and the flags", r)
 		}
 	})

@@ -52,10 +52,6 @@ func StartContainerd(ctx context.Context, dir string) (*Containerd, error) {
 
 func (c *Containerd) socket() string { return filepath.Join(c.dir, "containerd.sock") }
 
-// Fifos is the directory for those that ctr makes for a container's output
-// (--fifo-dir).
-func (c *Containerd) Fifos() string { return filepath.Join(c.dir, "fifos") }
-
 // Command returns a call of ctr.
 func (c *Containerd) Command(ctx context.Context, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, "ctr", append([]string{"--address", c.socket()}, args...)...)
