@@ -61,7 +61,7 @@ func TestEmbedded(t *testing.T) {
 		}
 	}
 	// Every node pulls it. Other machines' code is larger.
-	limit := 10_500_000
+	limit := 10_000_000
 	if runtime.GOARCH != "amd64" {
 		limit = 12_000_000
 	}

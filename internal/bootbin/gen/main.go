@@ -40,8 +40,14 @@ func generate(platform string) error {
 	}
 	// The go command leaves a binary that is up to date as it is.
 	bin := filepath.Join("bin", strings.TrimSuffix(bootbin.FileName(platform), bootbin.Suffix))
-	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o", bin, "./cmd/bootfs-boot")
 	goos, goarch, _ := strings.Cut(platform, "/")
+	link := "-s -w"
+	if goarch == "amd64" {
+		// As on most machines, and as C compilers have it. Go's 32 here make the
+		// binary 1 % larger.
+		link += " -funcalign=16"
+	}
+	cmd := exec.Command("go", "build", "-trimpath", "-buildvcs=false", "-ldflags="+link, "-o", bin, "./cmd/bootfs-boot")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOAMD64=v1", "GOOS="+goos, "GOARCH="+goarch)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	if err := cmd.Run(); err != nil {
