@@ -19,8 +19,6 @@ const (
 	// count, and so little that every worker has some.
 	leastBatch, mostBatch = 2 << 20, 16 << 20
 	batchesEach           = 4 // batches for each worker, if they are not too small
-	// noteEvery is after how many chunks the journal is told.
-	noteEvery = 64
 )
 
 // fetchAll brings all chunks that files still want and writes them.
@@ -131,12 +129,6 @@ func (f *filler) fetchBatch(ctx context.Context, watch *watch, positions []int) 
 		cs[i] = c
 	}
 	arrived := make([]bool, len(positions))
-	var written []uint32
-	note := func() error {
-		err := f.journal.add(written)
-		written = written[:0]
-		return err
-	}
 	var failed error // of what was done with a chunk
 	err := f.o.Fetcher.FetchBatch(ctx, cs, func(i int, plain []byte) error {
 		watch.arrived()
@@ -146,23 +138,8 @@ func (f *filler) fetchBatch(ctx context.Context, watch *watch, positions []int) 
 		}
 		arrived[i] = true
 		failed = f.take(ctx, positions[i], cs[i], plain)
-		if failed != nil {
-			return failed
-		}
-		for at := uint32(positions[i]); ; {
-			written = append(written, at)
-			if at = f.same[at]; at == uint32(positions[i]) {
-				break
-			}
-		}
-		if len(written) >= noteEvery {
-			failed = note()
-		}
 		return failed
 	})
-	if noted := note(); failed == nil {
-		failed = noted
-	}
 	if failed != nil {
 		return failed
 	}
@@ -177,7 +154,9 @@ func (f *filler) fetchBatch(ctx context.Context, watch *watch, positions []int) 
 	return err
 }
 
-// take writes one chunk when the directories stand.
+// take writes one chunk when the directories stand, and notes that. Each chunk
+// is noted at once: a note costs less than the least of files, and a batch may
+// take as long as somebody has patience for before he kills the container.
 func (f *filler) take(ctx context.Context, pos int, c index.Chunk, plain []byte) error {
 	select {
 	case <-f.dirsMade:
@@ -187,7 +166,10 @@ func (f *filler) take(ctx context.Context, pos int, c index.Chunk, plain []byte)
 	if len(plain) != c.Size {
 		return fmt.Errorf("chunk %s: got %d bytes, want %d", c.ID, len(plain), c.Size)
 	}
-	return f.put(pos, plain)
+	if err := f.put(pos, plain); err != nil {
+		return err
+	}
+	return f.journal.add(uint32(pos), f.same)
 }
 
 // missing is err, why the chunk at pos was not to be had, with the name of the

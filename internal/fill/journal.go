@@ -152,18 +152,22 @@ func (j *journal) has(pos int) bool {
 	return j.done[pos/64]&(1<<(pos%64)) != 0
 }
 
-// add notes that the chunks at positions are in place.
-func (j *journal) add(positions []uint32) error {
-	if len(positions) == 0 {
-		return nil
-	}
+// add notes that the chunk at pos, and at all places of its ring in same, is in
+// place.
+func (j *journal) add(pos uint32, same []uint32) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	r := binary.LittleEndian.AppendUint32(j.record[:0], uint32(len(positions)))
-	for _, pos := range positions {
-		r = binary.LittleEndian.AppendUint32(r, pos)
-		j.done[pos/64] |= 1 << (pos % 64)
+	r := binary.LittleEndian.AppendUint32(j.record[:0], 0) // the count, to be
+	count := uint32(0)
+	for at := pos; ; {
+		r = binary.LittleEndian.AppendUint32(r, at)
+		j.done[at/64] |= 1 << (at % 64)
+		count++
+		if at = same[at]; at == pos {
+			break
+		}
 	}
+	binary.LittleEndian.PutUint32(r, count)
 	return j.write(r)
 }
 

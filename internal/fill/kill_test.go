@@ -217,6 +217,30 @@ func TestKilledAnytime(t *testing.T) {
 	}
 }
 
+// TestResume counts the chunks that a fill fetches after one that was killed:
+// those that were not delivered, and those that were just being written.
+func TestResume(t *testing.T) {
+	tr := sample()
+	whole := newImage(t, tr)
+	if _, err := whole.fill(t, t.TempDir(), Options{}); err != nil {
+		t.Fatal(err)
+	}
+	all := int(whole.fetched.Load())
+	for _, n := range []int{20, all / 2, all - 5} {
+		dir := t.TempDir()
+		if err := child(t, dir, []string{childKill + "=" + strconv.Itoa(n)}).Run(); !wasKilled(err) {
+			t.Fatal(err)
+		}
+		m := newImage(t, tr)
+		if r, err := m.fill(t, dir, Options{}); err != nil || r.Resumed == 0 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		if got, most := int(m.fetched.Load()), all-n+workers(); got > most {
+			t.Errorf("killed at chunk %d of %d: %d were fetched again, want %d at most", n, all, got, most)
+		}
+	}
+}
+
 // TestPowerCut has the journal of another run of the kernel: what it says is
 // not believed, unless it says that all is done.
 func TestPowerCut(t *testing.T) {
@@ -326,7 +350,9 @@ func TestJournal(t *testing.T) {
 	try(t, err)
 	defer file.Close()
 	j := &journal{file: file, done: make([]uint64, 2)}
-	try(t, j.add([]uint32{3, 70}), j.add([]uint32{1}), j.add(nil))
+	same := make([]uint32, 128)
+	same[3], same[70], same[1] = 70, 3, 1
+	try(t, j.add(3, same), j.add(1, same))
 	try(t, j.finish())
 	b, err := os.ReadFile(file.Name())
 	try(t, err)
