@@ -91,7 +91,7 @@ func run(out *console) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	for deadline := time.Now().Add(followTimeout); ; time.Sleep(dialPause) {
+	for began := time.Now(); ; time.Sleep(dialPause) {
 		if isFilled(config) {
 			return 0, becomeProgram(c, config, out)
 		}
@@ -99,7 +99,7 @@ func run(out *console) (int, error) {
 			return 0, fmt.Errorf("only root can make the root, and boot is uid %d, as no-new-privileges takes the effect of its setuid bit: leave --security-opt no-new-privileges out of %s, or add --user root", unix.Geteuid(), engineRun())
 		}
 		err := errClaimed
-		if !execed() {
+		if !execed() || isBegun() && time.Since(began) > carryOnAfter {
 			var meeting *meeting
 			if meeting, err = claim(bootimage.Dir); err == nil {
 				if isFilled(config) {
@@ -116,7 +116,7 @@ func run(out *console) (int, error) {
 		switch word, err := await(bootimage.Dir); {
 		case err == nil:
 			return 0, follow(c, word == wordS3)
-		case errors.Is(err, errNoBoot) && (isFilled(config) || time.Now().Before(deadline)):
+		case errors.Is(err, errNoBoot) && (isFilled(config) || time.Since(began) < followTimeout):
 			// It has not come to its claim yet, or is the program by now.
 		default:
 			return 0, err
@@ -132,8 +132,7 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 		return 0, fmt.Errorf("make boot undumpable: %w", err)
 	}
 	signals := catchSignals()
-	_, err := os.Lstat(bootimage.FillDir)
-	settings, err := readSettings(c.ownEnv(err == nil))
+	settings, err := readSettings(c.ownEnv(isBegun()))
 	if err != nil {
 		return 0, err
 	}

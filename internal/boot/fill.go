@@ -191,12 +191,25 @@ func noteFilled(indexDigest string) error {
 	if err := os.Rename(tmp, bootimage.FilledPath); err != nil {
 		return err
 	}
+	return endFill()
+}
+
+// endFill takes away what only a root that is not filled needs: boot's setuid
+// bit, then the state of the fill.
+func endFill() error {
 	for _, path := range []string{bootimage.LinkPath, bootimage.BootPath} {
 		if err := os.Chmod(path, 0o755); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}
 	}
 	return os.RemoveAll(bootimage.FillDir)
+}
+
+// isBegun reports whether a fill has left its state, which goes when all else
+// is done.
+func isBegun() bool {
+	_, err := os.Lstat(bootimage.FillDir)
+	return err == nil
 }
 
 // warnOfHiddenChanges tells that an earlier start mounted the root and has kept
@@ -211,6 +224,12 @@ func (c *content) warnOfHiddenChanges() {
 // becomeProgram replaces boot by the caller's program, in a root that is filled.
 // It returns only on failure.
 func becomeProgram(c *caller, config *bootimage.Config, out *console) error {
+	if isBegun() && unix.Geteuid() == 0 {
+		// A boot was killed behind its note.
+		if err := endFill(); err != nil {
+			return fmt.Errorf("end the fill of the root: %w", err)
+		}
+	}
 	settings, err := readSettings(c.env)
 	if err != nil {
 		return err

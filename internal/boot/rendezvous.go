@@ -21,6 +21,12 @@ const (
 	patienceEvery = 10 * time.Second
 )
 
+// carryOnAfter is how long an exec waits for a boot that is not there before it
+// carries on the fill that one has left. A boot that was killed while it put the
+// last programs in place has perhaps put that in the place of its own link with
+// which the container begins: then no boot comes.
+const carryOnAfter = 5 * time.Second
+
 // acceptPause is how long no follower is answered after one could not be.
 const acceptPause = 50 * time.Millisecond
 
@@ -83,16 +89,19 @@ func execed() bool {
 // rootMount returns the ID of the mount at / as the process sees it. No two
 // mounts of a machine have the same.
 func rootMount(pid int) (int, error) {
-	mounts, err := mountinfo.PidMountInfo(pid)
+	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil {
 		return 0, err
 	}
-	for _, m := range mounts {
-		if m.Mountpoint == "/" {
-			return m.ID, nil
-		}
+	defer f.Close()
+	mounts, err := mountinfo.GetMountsFromReader(f, mountinfo.SingleEntryFilter("/"))
+	if err != nil {
+		return 0, err
 	}
-	return 0, fmt.Errorf("no mount at /")
+	if len(mounts) == 0 {
+		return 0, fmt.Errorf("no mount at /")
+	}
+	return mounts[0].ID, nil
 }
 
 // claim makes the calling process the boot of the container, or fails with

@@ -126,7 +126,11 @@ func (c *content) newVolumes() (marked []volume, err error) {
 			continue
 		}
 		v := volume{point: m.Mountpoint, under: under}
-		if v.dir, err = openVolume(m); err != nil {
+		v.dir, err = openVolume(m)
+		if errors.Is(err, errElsewhere) {
+			continue // nobody sees it
+		}
+		if err != nil {
 			return nil, fmt.Errorf("initialise the volume at %s: %w", v.point, err)
 		}
 		if isMarked {
@@ -214,27 +218,38 @@ func resolveDir(r *erofs.Reader, p string) (string, bool) {
 	return end.path, err == nil && n.IsDir()
 }
 
+// errElsewhere says that a path does not lead to what is mounted there.
+var errElsewhere = errors.New("the path leads elsewhere")
+
 // openVolume opens the root of a volume: by a mount of boot's own, which shows
 // the directories below what is mounted in the volume, and is writable even
 // where the program's is not. A container that may not mount has the program's.
 func openVolume(m *mountinfo.Info) (int, error) {
 	readOnly := mountFlags(m.Options)&unix.MS_RDONLY != 0
-	fd, err := unix.OpenTree(unix.AT_FDCWD, m.Mountpoint, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
-	if err == nil {
-		if readOnly {
-			err = unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY})
-		}
-		if err == nil {
-			return fd, nil
-		}
-		unix.Close(fd)
-	}
-	if readOnly {
-		return -1, fmt.Errorf("it is mounted read-only, and boot may not change that: start the container once without \":ro\", or with --cap-add SYS_ADMIN: %w", err)
-	}
-	fd, err = unix.Open(m.Mountpoint, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(m.Mountpoint, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return -1, err
+	}
+	// Who shares a volume in which another one is mounted can put a symlink in
+	// the place of that.
+	var st unix.Statx_t
+	if err := unix.Statx(fd, "", unix.AT_EMPTY_PATH, unix.STATX_MNT_ID, &st); err == nil && st.Mask&unix.STATX_MNT_ID != 0 && st.Mnt_id != uint64(m.ID) {
+		unix.Close(fd)
+		return -1, errElsewhere
+	}
+	if own, err := unix.OpenTree(fd, "", unix.AT_EMPTY_PATH|unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC); err == nil {
+		if readOnly {
+			err = unix.MountSetattr(own, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_RDONLY})
+		}
+		if err == nil {
+			unix.Close(fd)
+			return own, nil
+		}
+		unix.Close(own)
+	}
+	if readOnly {
+		unix.Close(fd)
+		return -1, errors.New("it is mounted read-only, and boot may not change that: start the container once without \":ro\", or with --cap-add SYS_ADMIN")
 	}
 	return fd, nil
 }
@@ -278,6 +293,8 @@ func rootMountOf(mounts []*mountinfo.Info) *mountinfo.Info {
 
 // initVolume completes a volume, unless another container does or has done it.
 func (c *content) initVolume(ctx context.Context, v volume, out *console) error {
+	meter := newMeter(out, "filling the volume at "+v.point) // or waiting for who does
+	defer meter.stop()
 	mark, err := lockMark(ctx, v.dir)
 	if err != nil || mark < 0 {
 		return err
@@ -291,13 +308,11 @@ func (c *content) initVolume(ctx context.Context, v volume, out *console) error 
 		return fmt.Errorf("%s/%s: %w", bootimage.VolumeMark, volumeTree, err)
 	}
 	defer unix.Close(tree)
-	meter := newMeter(out, "filling the volume at "+v.point)
 	report, err := fill.Root(ctx, byDescriptor(tree), fill.Options{
 		Meta: c.meta, Index: c.index, Fetcher: c.fetcher, Order: c.packOrder(),
 		Under: v.under, State: path.Join(byDescriptor(mark), volumeState),
 		Progress: meter.set, Log: c.log,
 	})
-	meter.stop()
 	if err != nil {
 		if inner := errors.Unwrap(err); inner != nil {
 			err = inner // without the path of a descriptor

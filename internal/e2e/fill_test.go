@@ -191,6 +191,32 @@ func TestExecWhileFilling(t *testing.T) {
 	}
 }
 
+// TestExecCarriesOn runs a program in a container whose fill was killed between
+// its last renames: what the container begins with is in place already, and no
+// boot comes.
+func TestExecCarriesOn(t *testing.T) {
+	source, image := fidelityImage(t, "plain")
+	dir := t.TempDir()
+	from := strings.TrimSpace(docker(t, "create", source).stdout)
+	removeAtEnd(t, from)
+	id := strings.TrimSpace(docker(t, append(append([]string{"create"}, fillFlags...), "--user", "root", "--entrypoint", "/bin/sleep", image, "600")...).stdout)
+	removeAtEnd(t, id)
+	if err := os.Mkdir(filepath.Join(dir, "fill"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"cp", "--follow-link", from + ":/bin/sleep", filepath.Join(dir, "sleep")},
+		{"cp", filepath.Join(dir, "sleep"), id + ":/bin/sleep"},
+		{"cp", filepath.Join(dir, "fill"), id + ":/.bootfs/fill"},
+		{"start", id},
+	} {
+		if r := docker(t, args...); r.code != 0 {
+			t.Fatal(r.stderr)
+		}
+	}
+	docker(t, "exec", id, "sh", "-c", "cat /proc/1/comm; ls -d /.bootfs/fill* ; find /.bootfs -perm -4000").want(t, "sleep\n/.bootfs/filled\n")
+}
+
 // TestFillMeetsADamagedChunk wants a container that does not start rather than
 // one with a wrong file.
 func TestFillMeetsADamagedChunk(t *testing.T) {
