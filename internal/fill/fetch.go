@@ -16,8 +16,9 @@ import (
 const (
 	// A batch is what is asked for at once, about one request to a pack for a
 	// third of its plain bytes: enough that a far registry's round trip does not
-	// count, and so little that every worker has some.
-	leastBatch, mostBatch = 2 << 20, 16 << 20
+	// count, and so little that every worker has some. What is on its way when the
+	// process is killed travels again.
+	leastBatch, mostBatch = 2 << 20, 8 << 20
 	batchesEach           = 4 // batches for each worker, if they are not too small
 )
 
