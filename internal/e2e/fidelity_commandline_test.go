@@ -214,7 +214,7 @@ var commandLineRows = slices.Concat(
 			"fill": "`/.bootfs/rw` and what else is mounted in `/.bootfs` is there too; with SYS_ADMIN it is unmounted",
 		}},
 		{what: "processes: PID 1, session, group, terminal", do: ran("IMAGE", "testapp", "env")},
-		{what: "signal mask and dispositions, open files", do: shown(`grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status; ls /proc/self/fd; readlink /dev/fd /dev/stdin /proc/1/cwd /proc/1/root; cat /proc/1/comm; nice`)},
+		{what: "signal mask and dispositions, open files", do: shown(`grep -E '^Sig(Blk|Ign|Cgt)' /proc/self/status; ls /proc/self/fd; for l in /dev/fd /dev/stdin /proc/1/cwd /proc/1/root; do readlink $l; done; cat /proc/1/comm; cut -d' ' -f18,19 /proc/self/stat`)},
 	},
 )
 
@@ -500,7 +500,7 @@ func ownProfile(t *testing.T, s *subject) string {
 	if err := os.WriteFile(profile, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	return s.run(t, "--security-opt", "seccomp="+profile, s.image, "sh", "-c", "nice -n 5 echo nice; grep Seccomp: /proc/self/status").String()
+	return s.run(t, "--security-opt", "seccomp="+profile, s.image, "sh", "-c", "renice -n 5 -p $$ && echo renice; grep Seccomp: /proc/self/status").String()
 }
 
 func hostIPC(t *testing.T, s *subject) string {

@@ -17,15 +17,21 @@ var rootfsRows = []row{
 	{what: "`rename(2)` of a directory of the image", do: probe("renamedir"), differs: map[string]string{
 		"fuse": "works; in the source it fails with `EXDEV`, which `mv` and others answer by copying",
 	}},
-	{what: "files, trees and 5,000 entries of the image removed and made again", do: probe("whiteouts")},
-	{what: "hard links, `O_TMPFILE`, `linkat(2)` of descriptors", do: probe("links")},
+	{what: "files, trees and 5,000 entries of the image removed and made again", do: probe("whiteouts"), differs: map[string]string{
+		"fill": "an open file that was removed has 0 links, where overlayfs says 1 of a file of the image",
+	}},
+	{what: "hard links, `O_TMPFILE`, `linkat(2)` of descriptors", do: probe("links"), differs: map[string]string{
+		"fill": "a file of the image keeps its other names when it is linked or written to: it lies in the container's own layer, where overlayfs would part them",
+	}},
 	{what: "sparse files of 1 TiB, `SEEK_HOLE`, `fallocate(2)` with each flag", do: probe("sparse")},
 	{what: "`copy_file_range` and `FICLONE` of a file of the image", do: probe("range"), differs: map[string]string{
 		"fuse": "fails with `EXDEV`, as between two file systems; programs then read and write, as `cp` does",
 	}},
 	{what: "`sendfile`, `splice`, `fsync`, reads at the end", do: probe("copying")},
 	{what: "`O_DIRECT`, of the image and beside it", do: probe("direct")},
-	{what: "`mmap`: shared, private, executable, after a copy-up", do: probe("mmap")},
+	{what: "`mmap`: shared, private, executable, after a copy-up", do: probe("mmap"), differs: map[string]string{
+		"fill": "who has mapped a file of the image sees what is written to it later, as between any two processes; overlayfs leaves him the old file",
+	}},
 	{what: "`flock`, POSIX and OFD locks between processes, leases", do: probe("locks")},
 	{what: "inotify, fanotify", do: probe("watches")},
 	{what: "a directory of 20,000 entries: seeking, removal while they are read, types", do: probe("dirs")},
