@@ -75,7 +75,8 @@ var volumeRows = []row{
 		"-u", "app", "-v", "FILE:/etc/passwd", "-v", "FILE:/etc/hosts", "-v", "FILE:/vol/full/file:ro"),
 	mountRow("`-v` at links: to a directory, absolute, relative, dangling, in a directory that is one",
 		"find /opt /no /run /srv /usr -xdev | grep -v busybox | sort | xargs stat -c '%n %F %a %h'; cat /opt/tools/script /opt/absolute /no/such/file; ls /opt/tools/bin /srv/app /run/x",
-		"-v", "DIR:/opt/current/bin", "-v", "FILE:/opt/absolute", "-v", "FILE:/opt/relative", "-v", "FILE:/opt/dangling", "-v", "DIR:/srv/out", "-v", "DIR:/var/run/x/y:ro"),
+		"-v", "DIR:/opt/current/bin", "-v", "FILE:/opt/absolute", "-v", "FILE:/opt/relative", "-v", "FILE:/opt/dangling", "-v", "DIR:/srv/out", "-v", "DIR:/var/run/x/y:ro").
+		but("fill", "a mount at a link that the boot image lacks (it has those of the upper directories) stays in the link's place; mount where the link leads"),
 	mountRow("`-v` and `--mount` where the image has nothing", "find /new /srv | sort | xargs stat -c '%n %F %a %u:%g'; cat /new/deep/file; touch /new/deep/dir/t /srv/app/x/y/t; ls /new/deep/dir",
 		"-v", "DIR:/new/deep/dir", "--mount", "type=bind,src=FILE,dst=/new/deep/file,ro", "--mount", "type=volume,dst=/new/volume", "--mount", "type=tmpfs,dst=/new/tmpfs,tmpfs-mode=1750,tmpfs-size=1m", "-v", "DIR:/srv/app/x/y:ro"),
 	mountRow("mounts in mounts", "find /opt /srv | sort; cat /opt/a/b/file; cat /opt/tools/script",
@@ -89,7 +90,8 @@ var volumeRows = []row{
 	mountRow("mounts of the host below a mount: `bind-nonrecursive` `:rslave` `:rshared` `:rprivate` `:z`", "ls /a /b /c /d /e /b/inner",
 		"-v", "SHARED:/a:z", "--mount", "type=bind,src=SHARED,dst=/b,bind-nonrecursive=true", "-v", "SHARED:/c:rslave", "-v", "SHARED:/d:rshared", "-v", "SHARED:/e:rprivate"),
 	mountRow("`--read-only` with mounts", "touch /x; touch /new/dir/x /vol/full/x /run/x && echo written; stat -c '%n %a' /new /new/dir",
-		"--read-only", "-v", "DIR:/new/dir", "-v", "DIR:/vol/full", "--tmpfs", "/run"),
+		"--read-only", "-v", "DIR:/new/dir", "-v", "DIR:/vol/full", "--tmpfs", "/run").
+		but("fill", "exit 125: a read-only root cannot be filled"),
 	{what: "what the host mounts below `:rslave` while the container runs", do: func(t *testing.T, s *subject) string {
 		dir := sharedDir(t)
 		id := s.start(t, "-v", dir+":/mnt:rslave", s.image, "sh", "-c", "echo up; while ! test -e /mnt/later/file; do sleep 0.1; done; echo seen; exec sleep 600")
@@ -143,9 +145,16 @@ func mountRow(what, script string, flags ...string) row {
 			}
 			args = append(args, f)
 		}
-		const mounts = `; sed 's/:[0-9]*//g' /proc/self/mountinfo | awk '$5 != "/" && $5 !~ "^/(proc|sys|dev)" { print $5, $6, $7 }' | sort`
+		// What is mounted in /.bootfs shows after a fill: another row's difference.
+		const mounts = `; sed 's/:[0-9]*//g' /proc/self/mountinfo | awk '$5 != "/" && $5 !~ "^/(proc|sys|dev|.bootfs)" { print $5, $6, $7 }' | sort`
 		return s.run(t, append(args, s.image, "sh", "-c", script+mounts)...).String()
 	}}
+}
+
+// but is the row with the documented difference of a subject.
+func (r row) but(subject, difference string) row {
+	r.differs = map[string]string{subject: difference}
+	return r
 }
 
 // sharedDir is a directory on a shared mount of the host, with another mount in

@@ -37,6 +37,11 @@ type world struct {
 	source   string         // the source image, in the registry
 	image    string         // the converted image, in the registry
 	pulled   int64          // bytes of blobs that the engine pulled for it
+
+	// hostNetwork is the host's network by way of a container that has it. Docker
+	// 20.10 may lock itself up when containers with a network of their own,
+	// --network host among them, end at the same time.
+	hostNetwork string
 }
 
 var w *world
@@ -97,6 +102,11 @@ func runInWorld(m *testing.M) (code int, err error) {
 	if _, err := w.docker.Output(ctx, "pull", "--quiet", w.source); err != nil {
 		return 0, err
 	}
+	id, err := w.docker.Output(ctx, "run", "--detach", "--network", "host", w.source, "sleep", "infinity")
+	if err != nil {
+		return 0, err
+	}
+	w.hostNetwork = "container:" + strings.TrimSpace(id)
 	w.image = w.proxy.address + "/python:converted"
 	if out, err := w.command("--boot", w.boot, "oci:"+layout, w.image).CombinedOutput(); err != nil {
 		return 0, fmt.Errorf("convert: %w\n%s", err, out)
