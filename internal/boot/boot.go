@@ -28,11 +28,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"syscall"
 	"time"
 
-	"github.com/moby/sys/capability"
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/internal/bootimage"
@@ -140,9 +140,10 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 	if err != nil {
 		return 0, err
 	}
-	// Directories that boot makes are root's, not of the app's group.
-	if err := syscall.Setresgid(0, 0, 0); err != nil {
-		return 0, whichCapability(fmt.Errorf("become group 0: %w", err), capability.CAP_SETGID)
+	// Directories that boot makes are root's, not of the app's group, unless the
+	// container lacks SETGID, which nothing else needs.
+	if err := syscall.Setresgid(0, 0, 0); err != nil && !errors.Is(err, fs.ErrPermission) {
+		return 0, fmt.Errorf("become group 0: %w", err)
 	}
 	content, err := openContent(config, settings, out)
 	if err != nil {
