@@ -86,6 +86,7 @@ type Options struct {
 type Server struct {
 	dir  string
 	dev  uint64 // of the mount, as unix.Mkdev
+	held int    // a copy of the mount, after Detach; else -1
 	stop context.CancelFunc
 	done chan struct{} // closed when nothing is served any more
 
@@ -127,7 +128,7 @@ func Serve(dir string, o Options) (*Server, error) {
 		stop()
 		return nil, err
 	}
-	s := &Server{dir: dir, stop: stop, done: make(chan struct{})}
+	s := &Server{dir: dir, held: -1, stop: stop, done: make(chan struct{})}
 	go func() {
 		server.Serve()
 		stop()
@@ -205,6 +206,22 @@ func openDevice() (int, error) {
 // Wait returns when the mount is gone and nothing is served any more.
 func (s *Server) Wait() { <-s.done }
 
+// Detach takes the mount from its directory, and goes on to serve who has it
+// open or has mounted something on it, such as an overlay. It must not be called
+// beside Close.
+func (s *Server) Detach() error {
+	held, err := unix.OpenTree(unix.AT_FDCWD, s.dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if err != nil {
+		return &os.PathError{Op: "open_tree", Path: s.dir, Err: err}
+	}
+	if err := unix.Unmount(s.dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
+		_ = unix.Close(held)
+		return &os.PathError{Op: "unmount", Path: s.dir, Err: err}
+	}
+	s.held = held
+	return nil
+}
+
 // Close ends the mount at once: it aborts the connection, so that reads under
 // way fail instead of waiting for the network, and takes the mount from its
 // directory. Who still holds files of it gets errors. It works as well when the
@@ -217,7 +234,10 @@ func (s *Server) Close() error {
 }
 
 func (s *Server) close() error {
-	err := s.unmount()
+	err := s.attach()
+	if err == nil {
+		err = s.unmount()
+	}
 	if err != nil {
 		if abortErr := abort(s.dev); abortErr != nil {
 			err = errors.Join(err, abortErr)
@@ -237,6 +257,19 @@ func (s *Server) close() error {
 	case <-time.After(closeWait):
 		return errors.Join(fmt.Errorf("close the mount on %s: still serving after %v", s.dir, closeWait), err)
 	}
+}
+
+// attach puts a detached mount back, as only a mount that has a directory can be
+// made to abort its connection. In a user namespace there is no fusectl.
+func (s *Server) attach() error {
+	if s.held < 0 {
+		return nil
+	}
+	defer unix.Close(s.held)
+	if err := unix.MoveMount(s.held, "", unix.AT_FDCWD, s.dir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return &os.PathError{Op: "move_mount", Path: s.dir, Err: err}
+	}
+	return nil
 }
 
 // unmount aborts the connection and unmounts dir, if dir still shows this

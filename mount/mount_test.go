@@ -870,6 +870,11 @@ func TestClose(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
+		{"detached", func(t *testing.T, s *served) {
+			if err := s.Detach(); err != nil {
+				t.Fatal(err)
+			}
+		}},
 		{"moved", func(t *testing.T, s *served) {
 			to := t.TempDir()
 			if err := unix.Mount("none", to, "tmpfs", 0, ""); err != nil {

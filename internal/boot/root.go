@@ -59,10 +59,13 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 	}
 	// The overlay holds its layers by itself, and the cache is held by
 	// descriptor: detached, they have no path in any namespace made from here.
-	for _, dir := range append(engine.own, bootimage.LowerPath) {
+	for _, dir := range engine.own {
 		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
 			return nil, fmt.Errorf("detach %s: %w", dir, err)
 		}
+	}
+	if err := c.server.Detach(); err != nil {
+		return nil, fmt.Errorf("detach the mount of the root image: %w", err)
 	}
 	top, err := unix.Open(bootimage.RootPath, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
 	if err != nil {

@@ -77,10 +77,12 @@ func (s *engineSubject) start(t *testing.T, flags []string, args ...string) stri
 	name := s.container(t)
 	t.Cleanup(func() {
 		remove := []string{"rm", "--force", "--volumes", name}
+		kill := []string{"kill", "--signal", "KILL", name} // or podman waits for the end of what ignores SIGTERM
 		if s.ctr != nil {
 			remove = []string{"container", "rm", name}
-			_ = s.command(context.Background(), "task", "rm", "--force", name).Run() // it may be gone
+			kill = []string{"task", "rm", "--force", name}
 		}
+		_ = s.command(context.Background(), kill...).Run() // it may have ended
 		if out, err := s.command(context.Background(), remove...).CombinedOutput(); err != nil {
 			t.Errorf("%s: %v\n%s", strings.Join(remove, " "), err, out)
 		}
@@ -362,6 +364,13 @@ func compareIn(t *testing.T, e *otherEngine) {
 		r := bare.run(t, nil, "true")
 		if r.code != 125 || !strings.Contains(r.stdout+r.stderr, "add --device /dev/fuse --cap-add SYS_ADMIN "+says[e.name]) {
 			t.Errorf("%+v; want exit 125 and the flags", r)
+		}
+	})
+	t.Run("boot ends without waiting for itself", func(t *testing.T) {
+		fuse := subjects[1]
+		r := fuse.run(t, []string{"--env", "BOOTFS_LOG=info"}, "true")
+		if r.code != 0 || !strings.Contains(r.stdout+r.stderr, "the root is mounted") || strings.Contains(r.stdout+r.stderr, "while ending") {
+			t.Errorf("%+v", r)
 		}
 	})
 	eventually(t, "no boot is left", func() bool { return !e.runsBoot(t) })
