@@ -352,7 +352,7 @@ var (
 	variable = regexp.MustCompile(`[0-9]+|[0-9a-f]{8,}`)
 	blanks   = regexp.MustCompile(`[ \t]+`)
 
-	interrupted = regexp.MustCompile(`(?m)^.*FATAL: (canceling authentication due to timeout|the database system is (starting up|shutting down))\n`)
+	interrupted = regexp.MustCompile(`(?m)^.*FATAL: (canceling authentication due to timeout|terminating connection due to administrator command|the database system is (starting up|shutting down))\n`)
 )
 
 // inKind is what a program logged, without the times and numbers that differ
