@@ -70,7 +70,7 @@ var rootfsRows = []row{
 const tarOfRoot = `
 cd /
 for d in $(ls -A | grep -vxE 'proc|sys|dev|etc|\.dockerenv|\.bootfs') $(ls -Ad etc/* | grep -vxE 'etc/(hosts|hostname|resolv\.conf|mtab)'); do
-	echo "$d $(tar -c --format=posix --pax-option=delete=atime,delete=ctime --sort=name --numeric-owner --xattrs --xattrs-include='*' --acls \
+	echo "$d $(tar -c --format=posix --pax-option=delete=atime,delete=ctime --sort=name --numeric-owner --xattrs --xattrs-include='user.*' --xattrs-include='security.*' --acls \
 		--one-file-system --exclude app/data/old "$d" | sha256sum)"
 done`
 
