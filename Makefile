@@ -28,7 +28,7 @@ build-host: ## the same with the boot binary of this machine only: quicker
 
 .PHONY: test
 test: deps build-host ## unit, fuzz-seed and end-to-end tests (root; PKG=./index/... narrows)
-	go run $(GOTESTSUM) --format pkgname-and-test-fails -- -timeout 20m $(PKG)
+	go run $(GOTESTSUM) --format pkgname-and-test-fails -- -timeout 45m $(PKG)
 
 .PHONY: demo
 demo: deps build-host ## make an image, convert it, run it, compare (root; IMAGE=REF takes another source)
