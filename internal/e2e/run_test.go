@@ -66,8 +66,9 @@ func TestSharedCache(t *testing.T) {
 	if first == 0 {
 		t.Error("the first container fetched nothing")
 	}
-	if second := w.proxy.measure(func() { run(t, args...).want(t, "1\n") }); second != 0 {
-		t.Errorf("the second container fetched %d bytes, want 0", second)
+	// How far the kernel reads ahead is chance: a chunk more may be asked for.
+	if second := w.proxy.measure(func() { run(t, args...).want(t, "1\n") }); second > first/20 {
+		t.Errorf("the second container fetched %d bytes, the first %d", second, first)
 	}
 }
 
