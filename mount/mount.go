@@ -173,7 +173,9 @@ func connect(dir string, request int, o *Options, fs *rootFS) (*fuse.Server, err
 		ExtraCapabilities:        fuse.CAP_NO_OPENDIR_SUPPORT,
 		DisabledCapabilities:     fuse.CAP_PASSTHROUGH, // it would cost the overlay a level of stacking
 		DisableSplice:            true,
-		Logger:                   slog.NewLogLogger(o.Log.Handler(), slog.LevelWarn),
+		// It complains of answers that nobody waits for any more: of readers that
+		// were killed.
+		Logger: slog.NewLogLogger(o.Log.Handler(), slog.LevelDebug),
 	})
 	if err != nil {
 		fs.interrupts.close()
