@@ -66,22 +66,15 @@ func appInit() error {
 	}
 	raiseScore(order.Score)
 	if !order.KeepSysAdmin {
-		// The filter first: without the capability it could only be had with
-		// no_new_privs, which would break setuid programs.
-		if err := installFilter(); err != nil {
-			return err
-		}
-		if err := dropSysAdmin(); err != nil {
+		if err := giveUpSysAdmin(); err != nil {
 			return err
 		}
 	}
-	if err := enterDirectory(order.Cwd); err != nil {
-		return err
+	app := &caller{
+		uid: order.UID, gid: order.GID, groups: order.Groups,
+		cwd: order.Cwd, program: order.Program, argv: order.Argv, env: order.Env,
 	}
-	if err := becomeUser(order.UID, order.GID, order.Groups); err != nil {
-		return err
-	}
-	return execProgram(order.Program, order.Argv, order.Env)
+	return app.become()
 }
 
 func readOrder() (*appOrder, error) {
@@ -142,6 +135,17 @@ func bindOnItself(path string, flags uintptr) error {
 	return unix.Mount("", path, "", unix.MS_BIND|unix.MS_REMOUNT|flags, "")
 }
 
+// giveUpSysAdmin takes from the calling thread, and from what it becomes, the
+// capability and the system calls that engines allow because of it.
+func giveUpSysAdmin() error {
+	// The filter first: without the capability it could only be had with
+	// no_new_privs, which would break setuid programs.
+	if err := installFilter(); err != nil {
+		return err
+	}
+	return dropSysAdmin()
+}
+
 // dropSysAdmin takes CAP_SYS_ADMIN out of every set of the calling thread, the
 // bounding set included: no exec, not even of a setuid program, gets it back.
 func dropSysAdmin() error {
@@ -161,6 +165,18 @@ func dropSysAdmin() error {
 		return fmt.Errorf("drop CAP_SYS_ADMIN from the bounding set: the container lacks CAP_SETPCAP: add --cap-add SETPCAP to %s, or keep the capability with -e BOOTFS_KEEP_SYS_ADMIN=1", engineRun())
 	}
 	return nil
+}
+
+// become makes the process the caller's program, with all that the caller is.
+// It returns only on failure.
+func (c *caller) become() error {
+	if err := enterDirectory(c.cwd); err != nil {
+		return err
+	}
+	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
+		return err
+	}
+	return execProgram(c.program, c.argv, c.env)
 }
 
 // becomeUser gives the process the IDs for good. Leaving root clears the

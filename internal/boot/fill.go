@@ -1,7 +1,6 @@
 package boot
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -144,15 +143,7 @@ func isLink() func(path string) bool {
 	if err != nil {
 		return nil // an image without links
 	}
-	return func(path string) bool {
-		path = "/" + path
-		info, err := os.Lstat(path)
-		if err != nil || !info.Mode().IsRegular() || info.Size() != int64(len(link)) {
-			return false
-		}
-		b, err := os.ReadFile(path)
-		return err == nil && bytes.Equal(b, link)
-	}
+	return func(path string) bool { return isLinkAt(unix.AT_FDCWD, "/"+path, link) }
 }
 
 // detachOwn unmounts what is bootfs's own, where the container may. The program
@@ -242,10 +233,7 @@ func becomeProgram(c *caller, config *bootimage.Config, out *console) error {
 	// Capabilities and the filter belong to the thread.
 	runtime.LockOSThread()
 	if !settings.keepSysAdmin && len(missing(capability.CAP_SYS_ADMIN)) == 0 {
-		if err := installFilter(); err != nil {
-			return err
-		}
-		if err := dropSysAdmin(); err != nil {
+		if err := giveUpSysAdmin(); err != nil {
 			return err
 		}
 	}

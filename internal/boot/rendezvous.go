@@ -204,13 +204,7 @@ func follow(c *caller, s3 bool) error {
 	if err := enterRoot(); err != nil {
 		return err
 	}
-	if err := enterDirectory(c.cwd); err != nil {
-		return err
-	}
-	if err := becomeUser(c.uid, c.gid, c.groups); err != nil {
-		return err
-	}
-	return execProgram(c.program, c.argv, c.withoutOwnEnv(s3).env)
+	return c.withoutOwnEnv(s3).become()
 }
 
 // sameNamespaceRoot refuses an answer from a process that cannot be this
