@@ -70,9 +70,16 @@ func (s *Store) touch(id index.ID) error {
 	}
 	defer unix.Close(shard)
 	now := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_NOW}}
-	err = unix.UtimesNanoAt(shard, id.String()+suffix, now, unix.AT_SYMLINK_NOFOLLOW)
-	if err == unix.ENOENT {
-		err = unix.UtimesNanoAt(shard, id.String(), now, unix.AT_SYMLINK_NOFOLLOW)
+	for _, file := range []string{id.String() + suffix, id.String()} {
+		err = unix.UtimesNanoAt(shard, file, now, unix.AT_SYMLINK_NOFOLLOW)
+		if err == nil {
+			// A collector that looked at the old time may have taken the name away
+			// while the new one was set, and removes the file.
+			err = unix.Faccessat(shard, file, unix.F_OK, unix.AT_SYMLINK_NOFOLLOW)
+		}
+		if err != unix.ENOENT {
+			break
+		}
 	}
 	return err
 }

@@ -17,8 +17,14 @@ import (
 func (c *conn) touch(ctx context.Context, id index.ID) error {
 	shard, file := chunkstore.Place(id)
 	_, err := onFiles(ctx, c, func(client *files) (struct{}, error) {
-		now := time.Now()
-		return struct{}{}, client.Chtimes(path.Join(c.store.address.dir, shard, file), now, now)
+		name, now := path.Join(c.store.address.dir, shard, file), time.Now()
+		if err := client.Chtimes(name, now, now); err != nil {
+			return struct{}{}, err
+		}
+		// A collector that looked at the old time may have taken the name away
+		// while the new one was set, and removes the file.
+		_, err := client.Lstat(name)
+		return struct{}{}, err
 	}, nothing)
 	if errors.Is(err, fs.ErrNotExist) {
 		return chunkstore.ErrNotFound
