@@ -458,7 +458,8 @@ func endOfInput(t *testing.T, s *subject) string {
 }
 
 func attachLater(t *testing.T, s *subject) string {
-	id := s.start(t, "--interactive", s.image, "sh", "-c", "read line; echo got $line; exit 3")
+	// An engine may lose what is written in the moment of a container's end.
+	id := s.start(t, "--interactive", s.image, "sh", "-c", "read line; echo got $line; sleep 1; exit 3")
 	r := dockerWith(t, strings.NewReader("a line\n"), "attach", id)
 	return r.String() + docker(t, "logs", id).String()
 }
