@@ -52,7 +52,7 @@ var lifeRows = []row{
 	{what: "`docker exec -u` with a user that the program has added", do: execdAsAdded,
 		differs: map[string]string{"fuse": "the engine looks the name up in the image: use the numbers, `-u UID:GID`"}},
 	{what: "`docker exec -u UID:GID` with a user that the program has added", do: execdAsNumber},
-	{what: "`docker exec ID ps`", do: inside([]string{"sh", "-c", "echo >/srv/made; exec sleep 600"}, `while [ ! -e /srv/made ]; do sleep 0.1; done; sleep 1; ps -o pid,comm | grep -vE 'ps|COMMAND|sh$|exe$'`),
+	{what: "`docker exec ID ps`", do: inside([]string{"sh", "-c", "echo >/srv/made; exec sleep 600"}, `while [ ! -e /srv/made ]; do sleep 0.1; done; sleep 1; ps -o pid,comm | grep -vE 'ps|grep|COMMAND|sh$|exe$'`),
 		differs: map[string]string{"fuse": "shows boot as PID 1 and the program as its child, which has PID 1 in its own view. A signal to PID 1 reaches the program"}},
 	{what: "`docker exec ID kill -TERM 1`", do: killedFromExec},
 	{what: "`docker top`", do: top,
