@@ -610,6 +610,36 @@ func FuzzReadContents(f *testing.F) {
 	})
 }
 
+// FuzzBootConfig makes a boot image's configuration of any that a source image
+// may have: boot comes first, and the layers are the boot image's own.
+func FuzzBootConfig(f *testing.F) {
+	for _, s := range []string{
+		config, `{}`, `{"config":null,"history":[null,{"EMPTY_LAYER":false}],"rootfs":{}}`, `{"Config":{"entrypoint":["/a"],"Volumes":null}}`,
+		`{"config":{"Entrypoint":["/a"],"entrypoint":["/b"],"VOLUMES":{"/v":{}}}}`, `{"config":{"Volumes":[]}}`, `{"history":{}}`, `null`, `[]`,
+	} {
+		f.Add([]byte(s))
+	}
+	layers := []*imageLayer{{diffID: v1.Hash{Algorithm: "sha256", Hex: strings.Repeat("a", 64)}}}
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		source, err := v1.ParseConfigFile(bytes.NewReader(raw))
+		if err != nil {
+			return
+		}
+		b, err := bootConfig(raw, source, layers)
+		if err != nil {
+			return
+		}
+		made, err := v1.ParseConfigFile(bytes.NewReader(b))
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := append([]string{bootimage.BootPath}, source.Config.Entrypoint...)
+		if _, ok := made.Config.Volumes[bootimage.WritablePath]; !ok || !slices.Equal(made.Config.Entrypoint, want) || len(made.RootFS.DiffIDs) != 1 {
+			t.Errorf("%s becomes %s", raw, b)
+		}
+	})
+}
+
 func BenchmarkBootImage(b *testing.B) {
 	var lines []string
 	for i := range 2000 {

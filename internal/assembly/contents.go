@@ -32,7 +32,7 @@ type Contents struct {
 // Limits on the files of a boot image, in bytes. An index of 128 MiB names
 // chunks of some 200 GiB, and 1 GiB of metadata is that of ten million inodes.
 var limits = map[string]int64{
-	bootimage.ConfigPath:   1 << 20,
+	bootimage.ConfigPath:   bootimage.MaxConfig,
 	bootimage.IndexPath:    128 << 20,
 	bootimage.LocatorsPath: 128 << 20,
 	bootimage.MetaPath:     1 << 30,

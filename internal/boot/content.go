@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/netip"
@@ -94,20 +95,36 @@ func (c *content) openFetcher(ownCache bool) {
 }
 
 func readConfig(path string) (*bootimage.Config, error) {
-	b, err := os.ReadFile(path)
+	f, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("this is not a converted image: %w", err)
 	}
-	var c bootimage.Config
-	if err := json.Unmarshal(b, &c); err != nil {
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, bootimage.MaxConfig+1))
+	if err == nil && len(b) > bootimage.MaxConfig {
+		err = fmt.Errorf("it has more than %d bytes", bootimage.MaxConfig)
+	}
+	var c *bootimage.Config
+	if err == nil {
+		c, err = parseConfig(b)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
+	return c, nil
+}
+
+func parseConfig(b []byte) (*bootimage.Config, error) {
+	var c bootimage.Config
+	if err := json.Unmarshal(b, &c); err != nil {
+		return nil, err
+	}
 	if c.Version != bootimage.Version {
-		return nil, fmt.Errorf("%s: format version %d, this boot binary reads %d: convert the image again", path, c.Version, bootimage.Version)
+		return nil, fmt.Errorf("format version %d, this boot binary reads %d: convert the image again", c.Version, bootimage.Version)
 	}
 	digits, ok := strings.CutPrefix(c.IndexDigest, "sha256:")
 	if _, err := hex.DecodeString(digits); err != nil || !ok || len(digits) != 64 {
-		return nil, fmt.Errorf("%s: index digest %q: want sha256: and 64 hex digits", path, c.IndexDigest)
+		return nil, fmt.Errorf("index digest %.80q: want sha256: and 64 hex digits", c.IndexDigest)
 	}
 	return &c, nil
 }

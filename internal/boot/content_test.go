@@ -15,6 +15,7 @@ func TestReadConfig(t *testing.T) {
 		{"no JSON", `version 1`, "config.json"},
 		{"empty", ``, "config.json"},
 		{"no digest", `{"version":1}`, "index digest"},
+		{"endless", strings.Repeat(" ", 2<<20), "more than 1048576 bytes"},
 		{"a short digest", `{"version":1,"indexDigest":"sha256:0f"}`, "index digest"},
 		// It becomes the name of a directory.
 		{"a path", `{"version":1,"indexDigest":"sha256:` + strings.Repeat("../", 21) + `a"}`, "index digest"},

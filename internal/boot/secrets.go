@@ -261,8 +261,8 @@ func (s secrets) Resolve(target authn.Resource) (authn.Authenticator, error) {
 		if err != nil {
 			return nil, fmt.Errorf("registry credentials: %w", err)
 		}
-		var c dockerAuths
-		if err := json.Unmarshal(b, &c); err != nil {
+		c, err := parseDockerAuths(b)
+		if err != nil {
 			return nil, fmt.Errorf("registry credentials: %s: %w", f.name, err)
 		}
 		if a, ok := c.find(target.RegistryStr()); ok {
@@ -276,6 +276,11 @@ func (s secrets) Resolve(target authn.Resource) (authn.Authenticator, error) {
 // programs, which a boot image does not have.
 type dockerAuths struct {
 	Auths map[string]authn.AuthConfig `json:"auths"`
+}
+
+func parseDockerAuths(b []byte) (c dockerAuths, err error) {
+	err = json.Unmarshal(b, &c)
+	return c, err
 }
 
 func (c dockerAuths) find(registry string) (authn.Authenticator, bool) {

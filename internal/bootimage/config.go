@@ -34,6 +34,9 @@ const DefaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bi
 // Version is the format version of Config. A boot binary refuses any other.
 const Version = 1
 
+// MaxConfig is the size of the largest file at ConfigPath that is read, bytes.
+const MaxConfig = 1 << 20
+
 // Config is the content of ConfigPath, as JSON.
 type Config struct {
 	Version int    `json:"version"` // Version

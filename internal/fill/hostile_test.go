@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"math/rand/v2"
@@ -298,4 +299,71 @@ func TestRandomTrees(t *testing.T) {
 			compare(t, dir, want(t, tr))
 		})
 	}
+}
+
+// TestHostileJournal has what another container can put in the place of the
+// journal in a volume that it shares. One that is longer than the image allows
+// is none; what is no file is an error, and nobody waits for it.
+func TestHostileJournal(t *testing.T) {
+	for name, test := range map[string]struct {
+		want string
+		put  func(at string) error
+	}{
+		"1 TiB": {"", func(at string) error {
+			return errors.Join(os.WriteFile(at, []byte(journalMagic), 0o600), os.Truncate(at, 1<<40))
+		}},
+		"FIFO":      {"no regular file", func(at string) error { return unix.Mkfifo(at, 0o600) }},
+		"symlink":   {"too many levels of symbolic links", func(at string) error { return os.Symlink("/dev/zero", at) }},
+		"directory": {"is a directory", func(at string) error { return os.Mkdir(at, 0o700) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tr := sample()
+			dir := t.TempDir()
+			try(t, os.Mkdir(filepath.Join(dir, ".state"), 0o700), test.put(filepath.Join(dir, ".state", journalName)))
+			_, err := newImage(t, tr).fill(t, dir, Options{})
+			if (err == nil) != (test.want == "") || err != nil && (!strings.Contains(err.Error(), test.want) || strings.Contains(err.Error(), "\n")) {
+				t.Fatalf("got %v, want %q", err, test.want)
+			}
+			if info, err := os.Stat(filepath.Join(dir, ".state", journalName)); test.want == "" && (err != nil || info.Size() > 1<<20) {
+				t.Errorf("the journal afterwards: %v, %v", info, err)
+			}
+		})
+	}
+}
+
+// FuzzJournal reads any journal of an image: what it says is bounded by the
+// image, and what is read again behind its good records adds nothing.
+func FuzzJournal(f *testing.F) {
+	file, err := os.CreateTemp(f.TempDir(), "")
+	try(f, err)
+	defer file.Close()
+	j := &journal{file: file, done: make([]uint64, 2)}
+	same := make([]uint32, 128)
+	same[3], same[70], same[1] = 70, 3, 1
+	try(f, j.add(3, same), j.add(1, same), j.finish())
+	b, err := os.ReadFile(file.Name())
+	try(f, err)
+	f.Add(b, uint16(100))
+	f.Add(b[:20], uint16(2))
+	f.Add(binary.LittleEndian.AppendUint32(nil, 1<<32-2), uint16(5))
+	f.Fuzz(func(t *testing.T, b []byte, chunks uint16) {
+		read := func(b []byte) (*journal, int, bool) {
+			j := &journal{done: make([]uint64, (int(chunks)+63)/64)}
+			good, complete := j.replay(b, int(chunks))
+			return j, good, complete
+		}
+		j, good, complete := read(b)
+		if good < 0 || good > len(b) || complete && good < 8 {
+			t.Fatalf("%d good bytes of %d", good, len(b))
+		}
+		for i := int(chunks); i < 64*len(j.done); i++ {
+			if j.done[i/64]&(1<<(i%64)) != 0 {
+				t.Fatalf("chunk %d of %d", i, chunks)
+			}
+		}
+		again, n, whole := read(b[:good])
+		if n != good || whole != complete || fmt.Sprint(again.done) != fmt.Sprint(j.done) {
+			t.Errorf("read again: %d bytes, want %d", n, good)
+		}
+	})
 }

@@ -43,6 +43,8 @@ const (
 	allDone      = 1<<32 - 1
 	bootIDSize   = 36
 	headerSize   = len(journalMagic) + sha256.Size + bootIDSize
+	chunkNoted   = 12 // bytes that a chunk takes at most: a record of its own
+	doneNoted    = 8  // bytes of the record allDone
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -74,9 +76,21 @@ func (j *journal) read(o *Options, p *plan) error {
 	if err := unix.Flock(int(j.file.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return fmt.Errorf("another process is filling it: %s: %w", j.file.Name(), err)
 	}
-	b, err := io.ReadAll(j.file)
+	info, err := j.file.Stat()
 	if err != nil {
 		return err
+	}
+	// Whoever shares a volume can write to the journal of its fill.
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%s is no regular file", j.file.Name())
+	}
+	longest := int64(headerSize + chunkNoted*p.x.Len() + doneNoted)
+	b, err := io.ReadAll(io.LimitReader(j.file, longest+1))
+	if err != nil {
+		return err
+	}
+	if int64(len(b)) > longest {
+		b = nil
 	}
 	header := append([]byte(journalMagic), p.identity[:]...)
 	boot, err := bootID()

@@ -154,7 +154,10 @@ func Open(address string, s Source) (chunkstore.Store, error) {
 func OpenAll(address string, s Source) ([]chunkstore.Store, error) {
 	if !strings.HasPrefix(address, "registry") {
 		one, err := Open(address, s)
-		return []chunkstore.Store{one}, err
+		if err != nil {
+			return nil, err
+		}
+		return []chunkstore.Store{one}, nil
 	}
 	blobs, err := registrystore.NewRemotes(address, s.remote())
 	if err != nil {

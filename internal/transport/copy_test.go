@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 )
 
 // TestCopyFaults damages the source, or lets the destination refuse: the error
@@ -129,6 +130,46 @@ func TestHostileGraph(t *testing.T) {
 			}
 		})
 	}
+}
+
+// FuzzGraph walks whatever two manifests lead to: each manifest once, behind
+// those that it names, and no blob of a negative size.
+func FuzzGraph(f *testing.F) {
+	img := testImage(f, "amd64", gzipLayers(f, "a")...)
+	image := must(img.RawManifest())(f)
+	describe := func(raw []byte) v1.Descriptor {
+		h, n, err := v1.SHA256(bytes.NewReader(raw))
+		if err != nil {
+			f.Fatal(err)
+		}
+		return v1.Descriptor{MediaType: types.OCIManifestSchema1, Digest: h, Size: n}
+	}
+	of := describe(image)
+	f.Add(fmt.Appendf(nil, `{"manifests":[{"digest":%q,"size":%d},{"digest":%q,"size":%d}]}`, of.Digest, of.Size, of.Digest, of.Size), image)
+	f.Add([]byte(`{"manifests":[{}]}`), []byte(`{"layers":[{"size":-1}]}`))
+	f.Add([]byte(`{"config":{"digest":"sha256:../../x"}}`), []byte(`null`))
+	f.Fuzz(func(t *testing.T, root, other []byte) {
+		from := memory{}
+		for _, raw := range [][]byte{other, root} {
+			from[describe(raw).Digest.String()] = raw
+		}
+		c := &copier{src: &layoutSource{resolved: resolved{from: from}}}
+		g, err := c.walk(t.Context(), describe(root))
+		if err != nil {
+			return
+		}
+		if len(g.manifests) == 0 || len(g.manifests) > 2 {
+			t.Errorf("%d manifests", len(g.manifests))
+		}
+		for _, b := range g.blobs {
+			if b.Size < 0 {
+				t.Errorf("a blob of %d bytes", b.Size)
+			}
+		}
+		if _, err := referrersOf(root); err == nil {
+			_ = subjectOf(root)
+		}
+	})
 }
 
 // TestHostileConfigs resolves an index of more configurations than are held.
