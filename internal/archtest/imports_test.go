@@ -22,7 +22,7 @@ var levels = [][]string{
 	{"index", "internal/hosts", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
 	{"chunkstore", "internal/convcache", "internal/rootimage", "internal/lazy", "mount"},
 	{"chunkstore/httpstore", "chunkstore/local", "chunkstore/s3store", "chunkstore/sshstore", "registrystore", "internal/fill"},
-	{"internal/stores", "internal/transport"},
+	{"chunkstore/nodecache", "internal/stores", "internal/transport"},
 	{"internal/assembly"},
 	{"internal/converted"},
 	{"internal/convert", "internal/boot"},

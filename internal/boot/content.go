@@ -20,7 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
-	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
 	"github.com/container-bootfs/bootfs/chunkstore/s3store"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
@@ -30,7 +30,8 @@ import (
 	"github.com/container-bootfs/bootfs/registrystore"
 )
 
-// privateCacheLimit bounds the cache of a container that shares none, in bytes.
+// privateCacheLimit bounds the cache of a container that shares none, in bytes, unless
+// BOOTFS_CACHE_SIZE does.
 const privateCacheLimit = 1 << 30
 
 // content is the root image of the container: what stands in the boot image,
@@ -45,15 +46,16 @@ type content struct {
 	image       *lazy.Image
 	server      *mount.Server
 	memory      memory
-	sharedCache bool // the cache outlives the container
-	s3Variables bool // the variables with credentials for S3 are boot's, not the app's
+	cacheSize   *int64 // bytes, 0: any; nil: what is usual
+	sharedCache bool   // the cache outlives the container
+	s3Variables bool   // the variables with credentials for S3 are boot's, not the app's
 	log         *logger
 	faults      *logger // of the way to the chunks; kept until the start has succeeded
 	started     func()  // lets them be said
 }
 
 func openContent(config *bootimage.Config, s *settings, out *console) (*content, error) {
-	c := &content{config: config, memory: ownMemory(), log: out.log}
+	c := &content{config: config, memory: ownMemory(), cacheSize: s.cacheSize, log: out.log}
 	c.faults, c.started = out.keeping()
 	rawIndex, err := mapFile(bootimage.IndexPath)
 	if err != nil {
@@ -210,9 +212,17 @@ func (c *content) openCache(own bool) (chunkstore.Writer, error) {
 	if err != nil {
 		return nil, err
 	}
+	o := nodecache.Options{Log: c.log}
+	if c.cacheSize != nil {
+		o.Limit = *c.cacheSize
+	}
 	if shared {
+		cache, err := nodecache.Open(bootimage.CachePath, o)
+		if err != nil {
+			return nil, err
+		}
 		c.sharedCache = true
-		return local.Create(bootimage.CachePath)
+		return cache, nil
 	}
 	if !own {
 		return nil, nil
@@ -221,7 +231,14 @@ func (c *content) openCache(own bool) (chunkstore.Writer, error) {
 	if err != nil || !private {
 		return nil, err
 	}
-	return local.Create(bootimage.WritablePath+"/cache.castr", local.WithLimit(privateCacheLimit))
+	if c.cacheSize == nil {
+		o.Limit = privateCacheLimit
+	}
+	cache, err := nodecache.Open(bootimage.WritablePath+"/cache.castr", o)
+	if err != nil {
+		return nil, err
+	}
+	return cache, nil
 }
 
 // serve mounts the root image at dir.

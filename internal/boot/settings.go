@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 
+	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
 	"github.com/container-bootfs/bootfs/internal/stores"
 )
 
@@ -24,15 +25,17 @@ type settings struct {
 	insecure     []string // BOOTFS_INSECURE: hosts without TLS or a valid certificate
 	mode         mode     // BOOTFS_MODE
 	prefetch     prefetchMode
-	keepSysAdmin bool   // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
-	sshPassword  string // DROPBEAR_PASSWORD, as container-bootfs named it
-	sshAgent     string // SSH_AUTH_SOCK: path of an agent's socket
+	cacheSize    *int64            // BOOTFS_CACHE_SIZE: bytes that the cache may take, 0: any; nil: not set
+	cacheReserve nodecache.Reserve // BOOTFS_CACHE_RESERVE: what it leaves free
+	keepSysAdmin bool              // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
+	sshPassword  string            // DROPBEAR_PASSWORD, as container-bootfs named it
+	sshAgent     string            // SSH_AUTH_SOCK: path of an agent's socket
 
 	env []string // all of it: S3 has many variables
 }
 
 func readSettings(env []string) (*settings, error) {
-	s := settings{env: env}
+	s := settings{env: env, cacheReserve: nodecache.DefaultReserve}
 	for _, v := range env {
 		name, value, _ := strings.Cut(v, "=")
 		switch name {
@@ -56,6 +59,24 @@ func readSettings(env []string) (*settings, error) {
 				return nil, fmt.Errorf("BOOTFS_PREFETCH=%q: want none, start or all", value)
 			}
 			s.prefetch = mode
+		case "BOOTFS_CACHE_SIZE":
+			if value == "" {
+				continue
+			}
+			n, err := nodecache.ParseSize(value)
+			if err != nil {
+				return nil, fmt.Errorf("BOOTFS_CACHE_SIZE: %w", err)
+			}
+			s.cacheSize = &n
+		case "BOOTFS_CACHE_RESERVE":
+			if value == "" {
+				continue
+			}
+			r, err := nodecache.ParseReserve(value)
+			if err != nil {
+				return nil, fmt.Errorf("BOOTFS_CACHE_RESERVE: %w", err)
+			}
+			s.cacheReserve = r
 		case "BOOTFS_KEEP_SYS_ADMIN":
 			s.keepSysAdmin = value == "1"
 		case "DROPBEAR_PASSWORD":
