@@ -44,7 +44,7 @@ fuzz: ## every fuzz target for FUZZTIME (30s)
 
 .PHONY: soak
 soak: deps build-host ## the tests in their long form, SOAK (20) times over, in changing order (root)
-	BOOTFS_IMAGES=all BOOTFS_FIDELITY=all go test -count=$(SOAK) -shuffle=on -timeout 0 $(PKG)
+	BOOTFS_SOAK=1 BOOTFS_IMAGES=all BOOTFS_FIDELITY=all go test -count=$(SOAK) -shuffle=on -timeout 0 $(PKG)
 
 .PHONY: race
 race: deps build-host ## the tests under the race detector (root, needs a C compiler)

@@ -46,6 +46,9 @@ type world struct {
 
 var w *world
 
+// soak has tests done in their long form.
+var soak = os.Getenv("BOOTFS_SOAK") != ""
+
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(containerRoot); dir != "" {
 		fmt.Fprintln(os.Stderr, "enter the container:", enterContainer(dir, os.Args[1:]))

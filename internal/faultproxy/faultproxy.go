@@ -172,7 +172,8 @@ func reads(r *http.Request) bool {
 
 func (p *Proxy) serveOther(w http.ResponseWriter, r *http.Request) {
 	p.note(r)
-	if r.URL.Query().Has("expired") {
+	dies, err := strconv.ParseInt(r.URL.Query().Get("dies"), 10, 64)
+	if r.URL.Query().Has("expired") || err == nil && time.Now().UnixMilli() > dies {
 		w.WriteHeader(http.StatusForbidden)
 		return
 	}
@@ -263,6 +264,21 @@ func Redirect(status int, host string, expired bool) Fault {
 		}
 		w.Header().Set("Location", to.String())
 		w.WriteHeader(status)
+	}
+}
+
+// Sign sends the client to host, which leads to Other, with a URL that is
+// answered with 403 once its lifetime is over. With told, it says when that is, as
+// those of CloudFront do.
+func Sign(host string, lifetime time.Duration, told bool) Fault {
+	return func(w http.ResponseWriter, r *http.Request, _ http.Handler) {
+		dies := time.Now().Add(lifetime)
+		to := url.URL{Scheme: "http", Host: host, Path: r.URL.Path, RawQuery: fmt.Sprintf("signature=s3cret&dies=%d", dies.UnixMilli())}
+		if told {
+			to.RawQuery += fmt.Sprintf("&Expires=%d", dies.Unix())
+		}
+		w.Header().Set("Location", to.String())
+		w.WriteHeader(http.StatusTemporaryRedirect)
 	}
 }
 

@@ -6,17 +6,24 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 )
 
 // tokens is the token server of a registry.
 type tokens struct {
 	user, password string
-	uses           int
-	expired        int // status that an expired token gets
+	uses           int           // that a token has; 0 is no limit
+	lifetime       time.Duration // of a token; 0 is no limit
+	expired        int           // status that an expired token gets
 
-	mu     sync.Mutex
+	mu     sync.Mutex // guards what follows
 	issued int
-	valid  map[string]int // token → uses left
+	valid  map[string]*token
+}
+
+type token struct {
+	uses int // that it has had
+	ends time.Time
 }
 
 // RequireToken makes the proxy ask for a bearer token, which its own token
@@ -25,7 +32,15 @@ type tokens struct {
 func (p *Proxy) RequireToken(user, password string, uses, expired int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.tokens = &tokens{user: user, password: password, uses: uses, expired: expired, valid: make(map[string]int)}
+	p.tokens = &tokens{user: user, password: password, uses: uses, expired: expired, valid: make(map[string]*token)}
+}
+
+// RequireTokenFor is RequireToken with tokens that expire a lifetime after they
+// were given.
+func (p *Proxy) RequireTokenFor(user, password string, lifetime time.Duration, expired int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.tokens = &tokens{user: user, password: password, lifetime: lifetime, expired: expired, valid: make(map[string]*token)}
 }
 
 // TokensIssued returns how many tokens the token server has given.
@@ -48,15 +63,15 @@ func (t *tokens) admit(w http.ResponseWriter, r *http.Request) bool {
 			return false
 		}
 		t.issued++
-		token := fmt.Sprintf("token-%d", t.issued)
-		t.valid[token] = t.uses
+		name := fmt.Sprintf("token-%d", t.issued)
+		t.valid[name] = &token{ends: time.Now().Add(t.lifetime)}
 		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(map[string]string{"token": token})
+		json.NewEncoder(w).Encode(map[string]string{"token": name})
 		return false
 	}
-	token, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
-	if t.valid[token] > 0 {
-		t.valid[token]--
+	name, bearer := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	if known := t.valid[name]; known != nil && (t.uses == 0 || known.uses < t.uses) && (t.lifetime == 0 || time.Now().Before(known.ends)) {
+		known.uses++
 		return true
 	}
 	if bearer && t.expired == http.StatusForbidden {

@@ -7,13 +7,17 @@
 //	testapp dump            all that the program may read of processes, secrets and bootfs
 //	testapp exit N          exits N
 //	testapp sleep           waits; prints "ready", and "stopped" and exits 0 on SIGTERM
+//	testapp churn DIR PAUSE reads files of DIR, which have the SHA-256 of their content as names, in random order with a pause between
+//	                        them and not from the page cache; fails on the first that is wrong, prints how many there were on SIGTERM
 package main
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"io"
 	"io/fs"
+	"math/rand/v2"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -21,6 +25,9 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
@@ -59,6 +66,15 @@ func run(args []string) error {
 		fmt.Println("ready")
 		<-stop
 		fmt.Println("stopped")
+	case "churn":
+		if len(args) != 2 {
+			return fmt.Errorf("churn: got %d arguments, want a directory and a pause", len(args))
+		}
+		pause, err := time.ParseDuration(args[1])
+		if err != nil {
+			return err
+		}
+		return churn(args[0], pause)
 	default:
 		return fmt.Errorf("unknown command %q", command)
 	}
@@ -111,6 +127,39 @@ func dump(dirs ...string) error {
 
 // perProcess are the files of a process that tell what it was given.
 var perProcess = []string{"environ", "cmdline", "mountinfo", "comm", "maps"}
+
+func churn(dir string, pause time.Duration) error {
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return err
+	}
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, syscall.SIGTERM)
+	for n := 0; ; n++ {
+		select {
+		case <-stop:
+			fmt.Println(n)
+			return nil
+		case <-time.After(pause):
+		}
+		f, err := os.Open(filepath.Join(dir, files[rand.IntN(len(files))].Name()))
+		if err != nil {
+			return err
+		}
+		h := sha256.New()
+		_, err = io.Copy(h, f)
+		if err == nil {
+			err = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		}
+		f.Close()
+		if err != nil {
+			return err
+		}
+		if sum := fmt.Sprintf("%x", h.Sum(nil)); sum != filepath.Base(f.Name()) {
+			return fmt.Errorf("%s: wrong bytes, their SHA-256 is %s", f.Name(), sum)
+		}
+	}
+}
 
 func cat(paths ...string) error {
 	for _, p := range paths {
