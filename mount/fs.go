@@ -25,6 +25,10 @@ const (
 	// up: once with the read-ahead around it, once by itself, and once more if
 	// it is for a page fault.
 	attempts = 3
+
+	// placeNode is the node id of Options.Place. No inode has it: it would lie
+	// behind the end of any image.
+	placeNode = 1 << 62
 )
 
 // rootFS answers the kernel's requests. Its only state is the metadata: a node
@@ -39,6 +43,7 @@ type rootFS struct {
 	ctx          context.Context // ends with the server
 	meta         *erofs.Reader
 	image        Image
+	place        string // "" for none
 	xattrClasses []string
 	timeout      time.Duration // of one request
 	interrupts   *interrupts
@@ -51,6 +56,7 @@ func newRootFS(ctx context.Context, meta *erofs.Reader, o *Options) *rootFS {
 		ctx:           ctx,
 		meta:          meta,
 		image:         o.Image,
+		place:         o.Place,
 		xattrClasses:  o.XattrClasses,
 		timeout:       o.ReadTimeout / attempts,
 		log:           &failureLog{log: o.Log, meta: meta},
@@ -61,8 +67,11 @@ func (fs *rootFS) String() string { return "bootfs" }
 
 // inode returns the inode that the kernel knows as node.
 func (fs *rootFS) inode(node uint64) (erofs.Inode, fuse.Status) {
-	if node == fuse.FUSE_ROOT_ID {
+	switch node {
+	case fuse.FUSE_ROOT_ID:
 		node = fs.meta.RootNID()
+	case placeNode:
+		return erofs.Inode{}, fuse.ENOENT
 	}
 	n, err := fs.meta.Inode(node)
 	if err != nil {
@@ -113,6 +122,14 @@ func (fs *rootFS) Lookup(_ <-chan struct{}, header *fuse.InHeader, name string, 
 		return status
 	}
 	nid, err := fs.meta.Lookup(dir, name)
+	if errors.Is(err, erofs.ErrNotExist) && name == fs.place && header.NodeId == fuse.FUSE_ROOT_ID && name != "" {
+		// Its attributes are valid for no time: whoever wants them, to read it or to
+		// copy it into a writable layer, is told that it is not there.
+		out.NodeId = placeNode
+		out.EntryValid = forever
+		out.Attr = fuse.Attr{Ino: placeNode, Mode: unix.S_IFDIR | 0o555, Nlink: 2}
+		return fuse.OK
+	}
 	if errors.Is(err, erofs.ErrNotExist) {
 		// Node 0 says that there is none, in a way that the kernel may keep.
 		out.EntryValid = forever

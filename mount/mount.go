@@ -78,6 +78,11 @@ type Options struct {
 	// a slow store. Where the kernel cannot be told, its default stays.
 	ReadAhead int
 
+	// Place is the name of a directory of the root that is there only to mount
+	// something on, which those see who have that mount. For everybody else no
+	// file has the name, and none can be made of it. "" is for none.
+	Place string
+
 	Name string       // shown as the source of the mount; empty is "bootfs"
 	Log  *slog.Logger // failed reads; nil is slog.Default
 }
