@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/container-bootfs/bootfs/index"
@@ -36,6 +37,9 @@ type Fetcher struct {
 	cache  *cache // nil: none
 	stores []*source
 	log    *slog.Logger
+
+	slowest slowest
+	waited  atomic.Int64 // nanoseconds
 }
 
 // NewFetcher returns a Fetcher. Close it to end its cache writes.
@@ -244,6 +248,7 @@ type sink struct {
 	emit     func(w *want, plain []byte) error
 	patience time.Duration // how long to wait for room in the cache's queue
 	abort    error         // emit's first error
+	began    time.Time     // set by fetch
 }
 
 const (
@@ -257,6 +262,7 @@ const (
 // fetch delivers wants to k. abort is k's error; err tells of the chunks that
 // could not be had.
 func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err error) {
+	k.began = time.Now()
 	var failed []error
 	for fruitless := 0; ; fruitless++ { // rounds through the stores since the last chunk
 		before := len(wants)
@@ -299,6 +305,20 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 			after = min(after, time.Until(d)/2)
 		}
 		sleep(ctx, max(pause, after))
+	}
+}
+
+// slowFetch is from when on a fetch is worth a line for those who look closely.
+const slowFetch = time.Second
+
+// delivered notes that s has brought w, which somebody has waited for since began.
+func (f *Fetcher) delivered(s *source, w *want, began time.Time) {
+	now := time.Now()
+	took := now.Sub(began)
+	f.waited.Add(int64(took))
+	f.slowest.note(took, w.chunk.ID, s, now)
+	if took >= slowFetch {
+		f.log.Debug("slow fetch", "store", s.String(), "chunk", w.chunk.ID.String(), "took", took.Round(time.Millisecond))
 	}
 }
 
@@ -456,6 +476,7 @@ func (f *Fetcher) take(ctx context.Context, s *source, w *want, frame []byte, k 
 	}
 	w.done = true
 	s.delivered(len(frame), len(plain)-len(k.base))
+	f.delivered(s, w, k.began)
 	if k.abort = k.emit(w, plain); k.abort != nil {
 		return k.abort
 	}

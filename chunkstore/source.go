@@ -38,6 +38,7 @@ type source struct {
 	trouble time.Time // of the last failure; zero since a delivery
 	retryAt time.Time
 	last    error // guarded by mu, too
+	lastAt  time.Time
 }
 
 const (
@@ -81,13 +82,15 @@ func (s *source) inTrouble() bool {
 func (s *source) lacked(f *failure) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.last = f
+	s.last, s.lastAt = f, time.Now()
 }
 
-func (s *source) lastError() error {
+// condition returns what lacked was told last, when, and since when the store is in
+// trouble.
+func (s *source) condition() (last error, at, trouble time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.last
+	return s.last, s.lastAt, s.trouble
 }
 
 // failed notes that the store could not be asked.

@@ -1,7 +1,11 @@
 package chunkstore
 
 import (
+	"sync"
 	"sync/atomic"
+	"time"
+
+	"github.com/container-bootfs/bootfs/index"
 )
 
 // Count is a number of chunks and their bytes.
@@ -19,6 +23,9 @@ type StoreStats struct {
 	Corrupt  int64  // chunks that came damaged
 	// LastError is why a chunk could not be had the last time, nil if all could.
 	LastError error
+	LastAt    time.Time // of LastError
+	// Trouble is when the last request failed, zero since the store has delivered.
+	Trouble time.Time
 }
 
 // CacheStats is what a Fetcher had from its cache and put there.
@@ -30,24 +37,54 @@ type CacheStats struct {
 	Corrupt int64 // chunks that were damaged
 }
 
+// SlowFetch is the chunk from a store that took longest.
+type SlowFetch struct {
+	Took  time.Duration // from the request to the verified bytes, with all attempts; 0: there was none
+	Chunk index.ID
+	Store string    // which delivered it, as Store.String
+	At    time.Time // when it came
+}
+
 // Stats is what a Fetcher has done so far.
 type Stats struct {
-	Cache  CacheStats
-	Stores []StoreStats // in the order of FetcherOptions.Stores
+	Cache   CacheStats
+	Stores  []StoreStats // in the order of FetcherOptions.Stores
+	Slowest SlowFetch
+	Waited  time.Duration // for all chunks from stores together
 }
 
 // Stats returns the counters. Each is exact; they are not of one moment.
 func (f *Fetcher) Stats() Stats {
-	var st Stats
+	st := Stats{Slowest: f.slowest.load(), Waited: time.Duration(f.waited.Load())}
 	if f.cache != nil {
 		st.Cache = f.cache.stats()
 	}
 	for _, s := range f.stores {
-		st.Stores = append(st.Stores, StoreStats{
-			Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load(), LastError: s.lastError(),
-		})
+		one := StoreStats{Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load()}
+		one.LastError, one.LastAt, one.Trouble = s.condition()
+		st.Stores = append(st.Stores, one)
 	}
 	return st
+}
+
+// slowest keeps the slowest fetch.
+type slowest struct {
+	mu    sync.Mutex // guards fetch
+	fetch SlowFetch
+}
+
+func (s *slowest) note(took time.Duration, chunk index.ID, store Store, at time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if took > s.fetch.Took {
+		s.fetch = SlowFetch{took, chunk, store.String(), at}
+	}
+}
+
+func (s *slowest) load() SlowFetch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.fetch
 }
 
 // counter is a Count that is counted by many.

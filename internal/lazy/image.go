@@ -55,6 +55,8 @@ type Image struct {
 	recent  recent
 	flights map[index.ID]*flight // chunks that are being fetched for somebody
 	readers int                  // calls of ReadAt that wait for a flight
+
+	count counters
 }
 
 // A flight is one chunk on its way.
@@ -112,6 +114,15 @@ type piece struct {
 // ReadAt fills p with the image's bytes from off. Unlike an io.ReaderAt it
 // never reads short: it returns len(p), or 0 and an error.
 func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	n, err := m.readAt(ctx, p, off)
+	m.count.reads.Add(1)
+	if err != nil && !errors.Is(ctx.Err(), context.Canceled) { // who gave up was told nothing
+		m.count.failed.Add(1)
+	}
+	return n, err
+}
+
+func (m *Image) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 	if off < 0 || off > m.x.Size()-int64(len(p)) {
 		return 0, fmt.Errorf("read of %d bytes at %d: the image has %d", len(p), off, m.x.Size())
 	}
@@ -157,10 +168,15 @@ func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		if pc.flight != nil {
 			plain = pc.flight.plain
 		}
+		n := 0
 		if at := pc.chunk.Offset - off; at >= 0 {
-			copy(p[at:], plain)
+			n = copy(p[at:], plain)
 		} else {
-			copy(p, plain[-at:])
+			n = copy(p, plain[-at:])
+		}
+		if pc.flight == nil {
+			m.count.hits.Add(1)
+			m.count.hitBytes.Add(int64(n))
 		}
 	}
 	return len(p), nil
