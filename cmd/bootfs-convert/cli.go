@@ -194,8 +194,12 @@ const envHelp = `Environment:
 func exactArgs(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		if len(args) != len(names) {
-			return usagef("got %d arguments, want %s; see %s --help%s",
-				len(args), strings.Join(names, " "), cmd.CommandPath(), meant(cmd, args))
+			noun := "arguments"
+			if len(args) == 1 {
+				noun = "argument"
+			}
+			return usagef("got %d %s, want %s; see %s --help%s",
+				len(args), noun, strings.Join(names, " "), cmd.CommandPath(), meant(cmd, args))
 		}
 		return nil
 	}

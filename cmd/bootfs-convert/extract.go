@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -125,7 +126,18 @@ func runExtract(ctx context.Context, f *extractFlags, args []string) error {
 	if f.json {
 		return f.writeJSON(result)
 	}
-	return nil
+	var made []string
+	if f.index != "" {
+		made = append(made, fmt.Sprintf("%s: index of %d chunks", f.index, img.Index.Len()))
+	}
+	if f.image != "" {
+		made = append(made, fmt.Sprintf("%s: EROFS image of %s", f.image, scratch.Bytes(result.RootBytes)))
+	}
+	if args[1] != "" {
+		made = append(made, fmt.Sprintf("%s: %d files, %s", args[1], result.Files, scratch.Bytes(result.Bytes)))
+	}
+	_, err = fmt.Fprintln(f.stdout, strings.Join(made, "\n"))
+	return err
 }
 
 // blobExtraction is the result of extract from an index in a file.

@@ -96,7 +96,7 @@ func run(out *console) (int, error) {
 			return 0, becomeProgram(c, config, out)
 		}
 		if unix.Geteuid() != 0 {
-			return 0, fmt.Errorf("only root can make the root, and boot is uid %d, as no-new-privileges takes the effect of its setuid bit: leave --security-opt no-new-privileges out of %s, or add --user root", unix.Geteuid(), engineRun())
+			return 0, fmt.Errorf("boot is uid %d and needs uid 0 to make the root filesystem; no-new-privileges takes the effect of its setuid bit: leave --security-opt no-new-privileges out of %s, or add --user root", unix.Geteuid(), engineRun())
 		}
 		err := errClaimed
 		if !execed() || isBegun() && time.Since(began) > carryOnAfter {

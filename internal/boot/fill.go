@@ -131,7 +131,7 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 	if err := noteFilled(c.config.IndexDigest); err != nil {
 		return fmt.Errorf("fill the root: %w", err)
 	}
-	c.log.Info("the root is filled in place", "files", report.Files, "bytes", report.Bytes, "before", report.Resumed)
+	c.log.Info("the root is filled in place", "files", report.Files, "bytes", report.Bytes, "resumed", report.Resumed)
 	return nil
 }
 

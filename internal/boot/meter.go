@@ -46,7 +46,7 @@ func (m *meter) run() {
 		select {
 		case <-m.end:
 			if said && m.out.terminal {
-				m.out.say(utterance{text: eraseLine})
+				m.out.say(utterance{text: "\r"}) // takes the line's place
 			}
 			return
 		case <-next.C:
@@ -83,7 +83,10 @@ func (m *meter) line(after time.Duration) string {
 	}
 	if rate := float64(done-m.first.Load()+1) / after.Seconds(); rate > 0 {
 		left := time.Duration(float64(total-done) / rate * float64(time.Second)).Round(time.Second)
-		line += fmt.Sprintf(", %.0f MB/s, about %s left", rate/mega, left)
+		line += fmt.Sprintf(", %.0f MB/s", rate/mega)
+		if left > 0 {
+			line += fmt.Sprintf(", about %s left", left)
+		}
 	}
 	return line
 }

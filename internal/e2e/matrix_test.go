@@ -30,7 +30,7 @@ var matrix = []struct {
 	}},
 }
 
-const noRoot = "only root can make the root, and boot is uid 65534, as no-new-privileges takes the effect of its setuid bit: " +
+const noRoot = "boot is uid 65534 and needs uid 0 to make the root filesystem; no-new-privileges takes the effect of its setuid bit: " +
 	"leave --security-opt no-new-privileges out of docker run, or add --user root"
 
 var matrixColumns = [3]struct {
