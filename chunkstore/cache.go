@@ -14,10 +14,14 @@ import (
 )
 
 const (
-	// cacheWriters write at a time: each spends its time waiting for the disk,
-	// which takes several fsyncs together at the price of one.
+	// cacheWriters write at a time: where a write waits for the disk, that takes
+	// several fsyncs together at the price of one.
 	cacheWriters = 8
 	cacheQueue   = 64 // chunks
+
+	// flushPause is how long chunks gather before the cache is told to bring them
+	// to disk: fewer, larger commits, and not in the way of what is fetched now.
+	flushPause = 500 * time.Millisecond
 
 	// How long a read and a batch wait for room in the queue before the chunk is
 	// not cached. A batch waits long, so that what was prefetched is there for
@@ -39,6 +43,7 @@ type cache struct {
 	queue   chan cacheEntry
 	closing chan struct{}
 	close1  sync.Once
+	dirty   chan struct{} // holds a value when chunks wait for a flush
 	writers sync.WaitGroup
 	ctx     context.Context // of the writes
 	cancel  context.CancelFunc
@@ -64,10 +69,14 @@ func newCache(store Writer, log *slog.Logger) *cache {
 		log:     log,
 		queue:   make(chan cacheEntry, cacheQueue),
 		closing: make(chan struct{}),
+		dirty:   make(chan struct{}, 1),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	for range cacheWriters {
 		c.writers.Go(c.write)
+	}
+	if _, ok := store.(Flusher); ok {
+		go c.flushOften()
 	}
 	return c
 }
@@ -79,7 +88,7 @@ func (c *cache) get(ctx context.Context, d index.Digest, ch index.Chunk, dst []b
 	frame, err := c.store.Get(ctx, ch.ID, (*buf)[:0])
 	if err != nil {
 		if !errors.Is(err, ErrNotFound) && ctx.Err() == nil {
-			c.fault("cannot read from the cache", &c.readFaults, ch.ID, err)
+			c.fault("cannot read from the cache", &c.readFaults, err, "chunk", ch.ID.String())
 		}
 		return dst, false
 	}
@@ -151,6 +160,10 @@ func (c *cache) writeOne(e cacheEntry) {
 	switch {
 	case err == nil:
 		c.written.Add(1)
+		select {
+		case c.dirty <- struct{}{}:
+		default:
+		}
 	case c.ctx.Err() != nil:
 		c.dropped.Add(1)
 	case errors.Is(err, ErrFull):
@@ -159,23 +172,53 @@ func (c *cache) writeOne(e cacheEntry) {
 			c.log.Info("the cache is full, further chunks are not kept", "cache", c.store.String(), "error", err)
 		}
 	default:
-		c.fault("cannot write to the cache", &c.writeFaults, e.id, err)
+		c.fault("cannot write to the cache", &c.writeFaults, err, "chunk", e.id.String())
 	}
 }
 
-func (c *cache) fault(msg string, t *throttle, id index.ID, err error) {
+// flushOften brings what is written to disk, until close.
+func (c *cache) flushOften() {
+	for {
+		select {
+		case <-c.dirty:
+		case <-c.closing:
+			return
+		}
+		t := time.NewTimer(flushPause)
+		select {
+		case <-t.C:
+		case <-c.closing:
+			t.Stop()
+			return
+		}
+		c.flush()
+	}
+}
+
+func (c *cache) flush() {
+	f, ok := c.store.(Flusher)
+	if !ok {
+		return
+	}
+	if err := f.Flush(c.ctx); err != nil && c.ctx.Err() == nil {
+		c.fault("cannot write to the cache", &c.writeFaults, err)
+	}
+}
+
+func (c *cache) fault(msg string, t *throttle, err error, about ...any) {
 	c.faults.Add(1)
 	if n, ok := t.allow(time.Now()); ok {
-		c.log.Warn(msg, "cache", c.store.String(), "chunk", id.String(), "error", err, "faults", n)
+		c.log.Warn(msg, append([]any{"cache", c.store.String(), "error", err, "faults", n}, about...)...)
 	}
 }
 
-// close ends the writers.
+// close ends the writers, and the way to the disk of what they wrote.
 func (c *cache) close() error {
 	c.close1.Do(func() { close(c.closing) })
 	done := make(chan struct{})
 	go func() {
 		c.writers.Wait()
+		c.flush()
 		close(done)
 	}()
 	t := time.NewTimer(closePatience)

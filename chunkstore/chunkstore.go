@@ -47,8 +47,18 @@ type Store interface {
 type Writer interface {
 	Store
 	// Put stores frame, the stored form of chunk id. Once it returns, the chunk
-	// survives a power cut; until then a reader sees all of it or none.
+	// survives a power cut, unless the store is a Flusher; until then a reader
+	// sees all of it or none.
 	Put(ctx context.Context, id index.ID, frame []byte) error
+}
+
+// Flusher is implemented by Writers for caches, in which a chunk can be read, by
+// everybody, before its bytes are on disk.
+type Flusher interface {
+	// Flush returns when the bytes of all chunks are on disk whose Put has
+	// returned. A power cut may then take a chunk, but leaves no damaged one. Those
+	// that Flush did not come to, as ctx ended, wait for the next call.
+	Flush(ctx context.Context) error
 }
 
 // Batcher is implemented by stores that read several chunks at less cost than

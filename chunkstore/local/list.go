@@ -36,13 +36,18 @@ func (s *Store) entries(ctx context.Context) iter.Seq2[chunkstore.Entry, error] 
 		for shard, files := range s.shards(ctx, &err) {
 			slices.Sort(files)
 			for _, file := range files {
-				name, packed := strings.CutSuffix(file, suffix)
+				name := strings.TrimSuffix(strings.TrimPrefix(file, tempPrefix), suffix)
 				id, err := index.ParseID(name)
 				if err != nil || name != id.String() || name[:shardLen] != shard {
 					continue
 				}
-				if _, both := slices.BinarySearch(files, name+suffix); both && !packed {
-					continue // the other one is read
+				names := places(id)
+				first := slices.IndexFunc(names[:], func(place string) bool {
+					_, ok := slices.BinarySearch(files, place)
+					return ok
+				})
+				if first < 0 || names[first] != file {
+					continue // another one is read
 				}
 				if st, err := s.stat(id); err == nil && !yield(chunkstore.Entry{ID: id, Size: st.Size, Modified: time.Unix(st.Mtim.Unix())}, nil) {
 					return

@@ -42,8 +42,12 @@ type Store struct {
 	name  string
 	limit int64 // bytes of stored chunks, 0: none
 
-	mu   sync.Mutex
-	held int64 // bytes of stored chunks; -1 until they have been counted; only with a limit
+	batched  bool          // Put leaves the way to the disk to Flush
+	flushing chan struct{} // holds a value while a Flush is under way
+
+	mu     sync.Mutex // guards what follows
+	held   int64      // bytes of stored chunks; -1 until they have been counted; only with a limit
+	staged []index.ID // chunks that wait for Flush
 }
 
 // Option changes what New, Open or Create return.
@@ -60,7 +64,7 @@ func WithLimit(n int64) Option {
 // descriptor of its own and never follows a symbolic link out of or within it.
 func New(root *os.Root, opts ...Option) *Store {
 	dir, err := root.Open(".")
-	s := &Store{dir: dir, err: err, name: root.Name(), held: -1}
+	s := &Store{dir: dir, err: err, name: root.Name(), held: -1, flushing: make(chan struct{}, 1)}
 	for _, o := range opts {
 		o(s)
 	}
@@ -123,32 +127,20 @@ func (s *Store) read(id index.ID, dst []byte) ([]byte, error) {
 		return nil, err
 	}
 	defer unix.Close(shard)
-	// Without O_NONBLOCK, opening a FIFO would wait for its writer.
-	const flags = unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK
-	fd, err := openat(shard, id.String()+suffix, flags, 0)
-	if err == unix.ENOENT {
-		fd, err = openat(shard, id.String(), flags, 0)
-	}
+	fd, size, err := openChunk(shard, id)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, err
-	}
-	if err := checkStat(&st); err != nil {
-		return nil, err
-	}
 	start := len(dst)
-	dst = slices.Grow(dst, int(st.Size))[:start+int(st.Size)]
+	dst = slices.Grow(dst, int(size))[:start+int(size)]
 	for n := start; n < len(dst); {
 		m, err := ignoringEINTR(func() (int, error) { return unix.Read(fd, dst[n:]) })
 		if err != nil {
 			return nil, err
 		}
 		if m == 0 {
-			return nil, fmt.Errorf("got %d bytes, want %d: %w", n-start, st.Size, io.ErrUnexpectedEOF)
+			return nil, fmt.Errorf("got %d bytes, want %d: %w", n-start, size, io.ErrUnexpectedEOF)
 		}
 		n += m
 	}
@@ -170,15 +162,66 @@ func (s *Store) stat(id index.ID) (*unix.Stat_t, error) {
 		return nil, err
 	}
 	defer unix.Close(shard)
+	for _, file := range places(id) {
+		var st unix.Stat_t
+		if err = unix.Fstatat(shard, file, &st, unix.AT_SYMLINK_NOFOLLOW); err == nil {
+			err = checkStat(&st)
+		}
+		if err == nil {
+			return &st, nil
+		}
+		if err != unix.ENOENT {
+			break
+		}
+	}
+	return nil, err
+}
+
+// places are the names under which a chunk may stand, in the order in which they
+// are looked at: in its stored form, plain as casync may have written it, and
+// staged.
+func places(id index.ID) [staged + 1]string {
+	name := id.String()
+	return [...]string{stored: name + suffix, plain: name, staged: tempPrefix + name}
+}
+
+const (
+	stored = iota
+	plain
+	staged
+)
+
+// openChunk opens the file of a chunk and returns its size.
+func openChunk(shard int, id index.ID) (fd int, size int64, err error) {
+	names := places(id)
+	for _, file := range names {
+		if fd, size, err = openRegular(shard, file); err != unix.ENOENT {
+			if file == names[staged] && (err == unix.ELOOP || errors.Is(err, errNoChunk)) {
+				err = unix.ENOENT // what a power cut has left there is no fault
+			}
+			break
+		}
+	}
+	return fd, size, err
+}
+
+// openRegular opens a file that may be a chunk, and nothing else that stands in
+// its place, and returns its size.
+func openRegular(dir int, name string) (fd int, size int64, err error) {
+	// Without O_NONBLOCK, opening a FIFO would wait for its writer.
+	fd, err = openat(dir, name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return -1, 0, err
+	}
 	var st unix.Stat_t
-	err = unix.Fstatat(shard, id.String()+suffix, &st, unix.AT_SYMLINK_NOFOLLOW)
-	if err == unix.ENOENT {
-		err = unix.Fstatat(shard, id.String(), &st, unix.AT_SYMLINK_NOFOLLOW)
+	if err = unix.Fstat(fd, &st); err == nil {
+		err = checkStat(&st)
 	}
 	if err != nil {
-		return nil, err
+		unix.Close(fd)
+		return -1, 0, err
 	}
-	return &st, checkStat(&st)
+	return fd, st.Size, nil
 }
 
 // errNoChunk is wrapped when a file stands in a chunk's place that cannot be one.
@@ -208,6 +251,9 @@ func (s *Store) Put(ctx context.Context, id index.ID, frame []byte) error {
 		s.release(int64(len(frame)))
 		return s.chunkError("write", id, err)
 	}
+	if s.manyStaged() {
+		return s.Flush(ctx)
+	}
 	return nil
 }
 
@@ -226,18 +272,27 @@ func (s *Store) write(ctx context.Context, id index.ID, frame []byte) error {
 	}
 	defer shard.Close()
 	at := int(shard.Fd())
-	if err = writeSync(fd, frame); err == nil {
-		err = unix.Renameat(at, temp, at, name+suffix)
+	if err = write(fd, frame); err == nil && s.batched && s.stage(at, temp, id) {
+		unix.Close(fd)
+		return nil
 	}
-	if err == unix.EISDIR {
-		// Somebody put a directory in the chunk's place.
-		if err = unix.Unlinkat(at, name+suffix, unix.AT_REMOVEDIR); err == nil {
-			err = unix.Renameat(at, temp, at, name+suffix)
-		}
+	// The fsync comes before the rename: otherwise a power cut may leave the
+	// chunk's name with no bytes behind it.
+	if err == nil {
+		err = fsync(fd)
+	}
+	if cerr := unix.Close(fd); err == nil {
+		err = cerr
+	}
+	if err == nil {
+		err = renameOver(at, temp, name+suffix)
 	}
 	if err != nil {
 		unix.Unlinkat(at, temp, 0)
 		return err
+	}
+	if s.batched {
+		return nil // a chunk that a power cut takes the name from is missed, no more
 	}
 	// Until the directories are on disk, the chunk has no name there.
 	if made {
@@ -246,6 +301,18 @@ func (s *Store) write(ctx context.Context, id index.ID, frame []byte) error {
 		}
 	}
 	return syncDir(shard)
+}
+
+// renameOver gives the file temp another name, also that of an empty directory,
+// which somebody may have put there.
+func renameOver(dir int, temp, name string) error {
+	err := unix.Renameat(dir, temp, dir, name)
+	if err == unix.EISDIR {
+		if err = unix.Unlinkat(dir, name, unix.AT_REMOVEDIR); err == nil {
+			err = unix.Renameat(dir, temp, dir, name)
+		}
+	}
+	return err
 }
 
 // createTemp makes the file temp in the subdirectory shard, and returns both.
@@ -290,17 +357,19 @@ func syncDir(dir *os.File) error {
 	return nil
 }
 
-// writeSync writes frame and closes fd. The fsync comes before the rename:
-// otherwise a power cut may leave the chunk's name with no bytes behind it.
-func writeSync(fd int, frame []byte) error {
-	f := os.NewFile(uintptr(fd), "")
-	_, err := f.Write(frame)
-	if err == nil {
-		err = f.Sync()
+func write(fd int, frame []byte) error {
+	for len(frame) > 0 {
+		n, err := ignoringEINTR(func() (int, error) { return unix.Write(fd, frame) })
+		if err != nil {
+			return err
+		}
+		frame = frame[n:]
 	}
-	if cerr := f.Close(); err == nil {
-		err = cerr
-	}
+	return nil
+}
+
+func fsync(fd int) error {
+	_, err := ignoringEINTR(func() (int, error) { return 0, unix.Fsync(fd) })
 	return err
 }
 

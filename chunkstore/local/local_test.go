@@ -25,6 +25,9 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("BOOTFS_TEST_WRITE"); dir != "" {
 		writeForEver(dir)
 	}
+	if dir := os.Getenv("BOOTFS_TEST_WRITE_BATCHED"); dir != "" {
+		writeForEver(dir, Batched())
+	}
 	os.Exit(m.Run())
 }
 
@@ -478,8 +481,8 @@ func TestGarbageCollected(t *testing.T) {
 }
 
 // writeForEver puts chunk after chunk, until it is killed.
-func writeForEver(dir string) {
-	s, err := Create(dir)
+func writeForEver(dir string, opts ...Option) {
+	s, err := Create(dir, opts...)
 	if err != nil {
 		panic(err)
 	}
@@ -488,15 +491,25 @@ func writeForEver(dir string) {
 		if err := s.Put(context.Background(), id, frame); err != nil {
 			panic(err)
 		}
+		if i%7 == 0 {
+			if err := s.Flush(context.Background()); err != nil {
+				panic(err)
+			}
+		}
 	}
 }
 
 // TestKilled: a writer that is killed leaves complete chunks.
 func TestKilled(t *testing.T) {
+	t.Run("batched", func(t *testing.T) { testKilled(t, "BOOTFS_TEST_WRITE_BATCHED") })
+	t.Run("one by one", func(t *testing.T) { testKilled(t, "BOOTFS_TEST_WRITE") })
+}
+
+func testKilled(t *testing.T, variable string) {
 	dir := t.TempDir()
 	for range 20 {
 		cmd := exec.Command(os.Args[0])
-		cmd.Env = append(os.Environ(), "BOOTFS_TEST_WRITE="+dir)
+		cmd.Env = append(os.Environ(), variable+"="+dir)
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
@@ -538,18 +551,9 @@ func checkComplete(t *testing.T, s *Store) int {
 // TestPowerCut stops an ext4 in mid-flight, as a power cut would. What Put had
 // returned for is there afterwards, and nothing else under a chunk's name.
 func TestPowerCut(t *testing.T) {
-	disk := filepath.Join(t.TempDir(), "disk")
-	if err := os.WriteFile(disk, nil, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Truncate(disk, 64<<20); err != nil {
-		t.Fatal(err)
-	}
-	run(t, "mkfs.ext4", "-q", disk)
-	dir := t.TempDir()
+	disk, dir := newDisk(t)
 	for round := range 3 {
 		run(t, "mount", "-o", "loop,commit=300", disk, dir)
-		t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 		s, err := Create(filepath.Join(dir, "store"))
 		if err != nil {
 			t.Fatal(err)
@@ -564,23 +568,11 @@ func TestPowerCut(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		f, err := os.Open(dir)
-		if err != nil {
-			t.Fatal(err)
-		}
-		const (
-			shutdown   = 0x8004587d // EXT4_IOC_SHUTDOWN
-			noLogFlush = 2
-		)
-		if err := unix.IoctlSetPointerInt(int(f.Fd()), shutdown, noLogFlush); err != nil {
-			t.Fatalf("ext4 shutdown: %v", err)
-		}
-		f.Close()
+		cutPower(t, dir)
 		s.Close()
 		run(t, "umount", dir)
 	}
 	run(t, "mount", "-o", "loop", disk, dir)
-	defer unix.Unmount(dir, unix.MNT_DETACH)
 	s, err := Open(filepath.Join(dir, "store"))
 	if err != nil {
 		t.Fatal(err)
@@ -588,6 +580,39 @@ func TestPowerCut(t *testing.T) {
 	defer s.Close()
 	if n := checkComplete(t, s); n != 30 {
 		t.Errorf("got %d chunks, want the 30 that were put", n)
+	}
+}
+
+// newDisk makes a file with an ext4 and a directory to mount it at.
+func newDisk(t *testing.T) (disk, dir string) {
+	t.Helper()
+	disk = filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(disk, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(disk, 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "mkfs.ext4", "-q", disk)
+	dir = t.TempDir()
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	return disk, dir
+}
+
+// cutPower loses all that the ext4 at dir has not written to its disk.
+func cutPower(t *testing.T, dir string) {
+	t.Helper()
+	f, err := os.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	const (
+		shutdown   = 0x8004587d // EXT4_IOC_SHUTDOWN
+		noLogFlush = 2
+	)
+	if err := unix.IoctlSetPointerInt(int(f.Fd()), shutdown, noLogFlush); err != nil {
+		t.Fatalf("ext4 shutdown: %v", err)
 	}
 }
 

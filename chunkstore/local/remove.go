@@ -32,7 +32,7 @@ func (s *Store) remove(id index.ID) error {
 	}
 	defer unix.Close(shard)
 	name := id.String()
-	for _, file := range []string{name + suffix, name} {
+	for _, file := range places(id) {
 		var st unix.Stat_t
 		err := unix.Fstatat(shard, file, &st, unix.AT_SYMLINK_NOFOLLOW)
 		if err == nil {
@@ -70,7 +70,7 @@ func (s *Store) touch(id index.ID) error {
 	}
 	defer unix.Close(shard)
 	now := []unix.Timespec{{Nsec: unix.UTIME_NOW}, {Nsec: unix.UTIME_NOW}}
-	for _, file := range []string{id.String() + suffix, id.String()} {
+	for _, file := range places(id) {
 		err = unix.UtimesNanoAt(shard, file, now, unix.AT_SYMLINK_NOFOLLOW)
 		if err == nil {
 			// A collector that looked at the old time may have taken the name away
@@ -102,7 +102,7 @@ func (s *Store) expire(id index.ID, then time.Time) (removed bool, err error) {
 		return false, err
 	}
 	defer unix.Close(shard)
-	for _, file := range []string{id.String() + suffix, id.String()} {
+	for _, file := range places(id) {
 		ok, err := s.expireFile(shard, file, then)
 		if err != nil && err != unix.ENOENT {
 			return removed, err

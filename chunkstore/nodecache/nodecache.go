@@ -43,6 +43,7 @@ var (
 	_ chunkstore.Writer  = (*Cache)(nil)
 	_ chunkstore.Lister  = (*Cache)(nil)
 	_ chunkstore.Remover = (*Cache)(nil)
+	_ chunkstore.Flusher = (*Cache)(nil)
 )
 
 // Open returns the cache in dir, which it makes if it is missing. The error is a
@@ -62,7 +63,7 @@ func Open(dir string, o Options) (*Cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("node cache: %w", err)
 	}
-	c := &Cache{Store: local.New(root, local.WithLimit(o.Limit)), dir: held, log: o.Log}
+	c := &Cache{Store: local.New(root, local.Batched(), local.WithLimit(o.Limit)), dir: held, log: o.Log}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}

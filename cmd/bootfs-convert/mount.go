@@ -54,7 +54,7 @@ func runMount(ctx context.Context, f *mountFlags, image, dir string) error {
 	}
 	var cache chunkstore.Writer
 	if f.cache != "" {
-		c, err := local.Create(f.cache)
+		c, err := local.Create(f.cache, local.Batched())
 		if err != nil {
 			return fmt.Errorf("--cache: %w", err)
 		}
