@@ -50,6 +50,9 @@ var errDifferent = errors.New("the converted root differs from its source")
 // errDamaged ends a verify that has listed what is missing or damaged.
 var errDamaged = errors.New("chunks are missing or damaged")
 
+// errMissing ends a preload that has listed which chunks it could not get.
+var errMissing = errors.New("chunks are missing")
+
 // explain is the one place that turns an error into an exit code and a line
 // for a person, which is empty when everything has been said.
 func explain(ctx context.Context, err error) (code int, line string) {
@@ -75,7 +78,7 @@ func explain(ctx context.Context, err error) (code int, line string) {
 		return exitSource, line
 	case errors.As(err, &part) && part.Part == convert.Destination:
 		return exitDestination, line
-	case errors.As(err, &corrupt), errors.Is(err, chunkstore.ErrNotFound):
+	case errors.As(err, &corrupt), errors.Is(err, chunkstore.ErrNotFound), errors.Is(err, errMissing):
 		return exitChunk, line
 	}
 	return exitFailed, line
