@@ -10,6 +10,7 @@
 //	rendezvous.go  is this the boot of the container, or a later exec
 //	mode.go        is the root mounted or filled, and what is missing for it
 //	content.go     index, locators, metadata, stores: mapped, no network
+//	offline.go     what is said in the place of a store that must not be asked
 //	volumes.go     volumes that the engine has initialised from the boot image
 //	root.go        FUSE, writable layer, the engine's mounts, the switch
 //	app.go         the program in its own PID and mount namespaces
@@ -191,7 +192,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, content.memory.appScore(), signals)
 	if err != nil {
 		if e := (*noChunksError)(nil); errors.As(err, &e) {
-			e.why = lastErrors(content.fetcher.Stats())
+			e.why = content.noChunks()
 		}
 		return 0, err
 	}

@@ -46,9 +46,10 @@ type content struct {
 	image       *lazy.Image
 	server      *mount.Server
 	memory      memory
-	cacheSize   *int64 // bytes, 0: any; nil: what is usual
-	sharedCache bool   // the cache outlives the container
-	s3Variables bool   // the variables with credentials for S3 are boot's, not the app's
+	cacheSize   *int64     // bytes, 0: any; nil: what is usual
+	sharedCache bool       // the cache outlives the container
+	s3Variables bool       // the variables with credentials for S3 are boot's, not the app's
+	offline     *noNetwork // stands for the stores that are reached over a network; nil if they may be
 	log         *logger
 	faults      *logger // of the way to the chunks; kept until the start has succeeded
 	started     func()  // lets them be said
@@ -152,6 +153,9 @@ func mapFile(path string) ([]byte, error) {
 
 func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 	addresses := slices.Concat(s.stores, c.config.Stores)
+	if s.offline {
+		addresses = slices.DeleteFunc(addresses, stores.Remote)
+	}
 	places, err := secretPlaces()
 	if err != nil {
 		return nil, err
@@ -192,6 +196,10 @@ func (c *content) openStores(s *settings) ([]chunkstore.Store, error) {
 			continue
 		}
 		list = append(list, found...)
+	}
+	if s.offline {
+		c.offline = &noNetwork{source: c.config.Source.Name, index: c.index, locators: c.locators}
+		list = append(list, c.offline)
 	}
 	// One address that leads nowhere is no reason to refuse the others.
 	if len(list) == 0 {
@@ -278,6 +286,9 @@ const cutOffAfter = 5 * time.Second
 // warnIfCutOff says once what stands between a container and its chunks, if
 // none has come and the stores fail.
 func (c *content) warnIfCutOff() {
+	if c.offline != nil {
+		return // and each chunk that is missing says so at once
+	}
 	if warning := cutOff(c.fetcher.Stats(), resolvers("/etc/resolv.conf")); warning != "" {
 		c.log.Warn(warning)
 	}
@@ -320,6 +331,15 @@ func hasHostName(s chunkstore.StoreStats) bool {
 	}
 	_, err = netip.ParseAddr(u.Hostname())
 	return err != nil
+}
+
+// noChunks is why chunks of the program could not be had, nil if that is not
+// known.
+func (c *content) noChunks() error {
+	if c.offline != nil {
+		return c.offline.lastError()
+	}
+	return lastErrors(c.fetcher.Stats())
 }
 
 // lastErrors is why chunks could not be had, as far as stores have said.

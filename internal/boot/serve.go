@@ -87,13 +87,13 @@ func startPrefetch(c *content, s *settings, log *logger) *prefetching {
 			return
 		}
 		if err := c.prefetchStart(ctx); err != nil {
-			if ctx.Err() == nil {
+			if ctx.Err() == nil && c.offline == nil { // where it is said of those that are read
 				log.Warn("the chunks of a start could not be fetched ahead: " + err.Error())
 			}
 			return
 		}
 		if s.prefetch == prefetchAll || s.prefetch == prefetchAuto && c.sharedCache {
-			if err := c.prefetchAll(ctx); err != nil && ctx.Err() == nil {
+			if err := c.prefetchAll(ctx); err != nil && ctx.Err() == nil && c.offline == nil {
 				log.Warn("the image could not be fetched ahead: " + err.Error())
 			}
 		}

@@ -27,6 +27,7 @@ type settings struct {
 	prefetch     prefetchMode
 	cacheSize    *int64            // BOOTFS_CACHE_SIZE: bytes that the cache may take, 0: any; nil: not set
 	cacheReserve nodecache.Reserve // BOOTFS_CACHE_RESERVE: what it leaves free
+	offline      bool              // BOOTFS_OFFLINE: no store is reached over a network
 	keepSysAdmin bool              // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
 	sshPassword  string            // DROPBEAR_PASSWORD, as container-bootfs named it
 	sshAgent     string            // SSH_AUTH_SOCK: path of an agent's socket
@@ -77,6 +78,12 @@ func readSettings(env []string) (*settings, error) {
 				return nil, fmt.Errorf("BOOTFS_CACHE_RESERVE: %w", err)
 			}
 			s.cacheReserve = r
+		case "BOOTFS_OFFLINE":
+			offline, ok := map[string]bool{"": false, "0": false, "1": true}[value]
+			if !ok {
+				return nil, fmt.Errorf("BOOTFS_OFFLINE=%q: want 1, or 0", value)
+			}
+			s.offline = offline
 		case "BOOTFS_KEEP_SYS_ADMIN":
 			s.keepSysAdmin = value == "1"
 		case "DROPBEAR_PASSWORD":
