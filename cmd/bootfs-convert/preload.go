@@ -13,7 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/convert"
 	"github.com/container-bootfs/bootfs/internal/converted"
@@ -23,6 +23,7 @@ import (
 type preloadFlags struct {
 	readFlags
 	cache string
+	size  string
 	start bool
 }
 
@@ -59,6 +60,7 @@ layout, or an archive of bundle), and then where the image says.`,
 	}
 	f.register(cmd)
 	cmd.Flags().StringVar(&f.cache, "cache", "", "`DIR` of the node cache; it is made")
+	cmd.Flags().StringVar(&f.size, "size", c.getenv(envCacheSize), "`SIZE` that the chunks of the cache may have, as in 20GiB (default: any, or $"+envCacheSize+")")
 	cmd.Flags().BoolVar(&f.start, "start-set", false, "only the chunks that a program reads before it does anything")
 	return cmd
 }
@@ -95,9 +97,9 @@ func runPreload(ctx context.Context, f *preloadFlags, names []string) error {
 	if err != nil {
 		return err
 	}
-	cache, err := f.openCache(wanted)
+	cache, err := f.openCache(d, wanted)
 	if err != nil {
-		return &convert.Error{Part: convert.Destination, Err: err}
+		return err
 	}
 	defer cache.Close()
 	result := preloading{Cache: f.cache, Complete: true}
@@ -182,14 +184,14 @@ func (f *preloadFlags) wanted(ctx context.Context, d display, names []string) (a
 // preloadCache is the cache as preload writes to it: what the Fetcher only logs,
 // as it can go on without a cache, is remembered.
 type preloadCache struct {
-	*local.Store
+	*nodecache.Cache
 	mu  sync.Mutex // guards what follows
 	err error      // the first one
 }
 
 // Put implements chunkstore.Writer.
 func (c *preloadCache) Put(ctx context.Context, id index.ID, frame []byte) error {
-	err := c.Store.Put(ctx, id, frame)
+	err := c.Cache.Put(ctx, id, frame)
 	if err != nil && ctx.Err() == nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
@@ -207,13 +209,42 @@ func (c *preloadCache) failed() error {
 	return c.err
 }
 
-// openCache opens the cache, and refuses images that it has no room for.
-func (f *preloadFlags) openCache(all []wanted) (*preloadCache, error) {
-	s, err := local.Create(f.cache)
-	if err != nil {
-		return nil, err
+// openCache opens the cache, and refuses images that it may not hold.
+func (f *preloadFlags) openCache(d display, all []wanted) (*preloadCache, error) {
+	var limit int64
+	if f.size != "" {
+		var err error
+		if limit, err = nodecache.ParseSize(f.size); err != nil {
+			return nil, usagef("--size: %w", err)
+		}
 	}
-	return &preloadCache{Store: s}, nil
+	if need := storedBytes(all); limit > 0 && need > limit {
+		return nil, &convert.Error{Part: convert.Destination, Err: fmt.Errorf("the chunks have %s, and %s may hold %s: nothing was fetched; allow it more with --size, or give it a part with --start-set",
+			scratch.Bytes(need), f.cache, scratch.Bytes(limit))}
+	}
+	c, err := nodecache.Open(f.cache, nodecache.Options{Limit: limit, Log: f.logger(d)})
+	if err != nil {
+		return nil, &convert.Error{Part: convert.Destination, Err: err}
+	}
+	return &preloadCache{Cache: c}, nil
+}
+
+// storedBytes is what the chunks have in a cache at least: those of loose stores
+// tell it only when they are there.
+func storedBytes(all []wanted) (sum int64) {
+	seen := make(map[index.ID]bool)
+	for _, w := range all {
+		var fresh []index.Chunk
+		for _, c := range w.chunks {
+			if !seen[c.ID] {
+				seen[c.ID] = true
+				fresh = append(fresh, c)
+			}
+		}
+		n, _ := w.image.StoredBytes(fresh)
+		sum += n
+	}
+	return sum
 }
 
 // syncCache makes what was written there last: the chunks are on the disk, but
