@@ -28,6 +28,9 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv("BOOTFS_TEST_WRITE_BATCHED"); dir != "" {
 		writeForEver(dir, Batched())
 	}
+	if once := os.Getenv("BOOTFS_TEST_ONCE"); once != "" {
+		writeOnce(once)
+	}
 	os.Exit(m.Run())
 }
 
