@@ -7,6 +7,8 @@ import (
 	"net/url"
 	"path"
 	"strings"
+
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
 // address is where a store lies.
@@ -29,9 +31,7 @@ func Is(address string) bool {
 // password.
 func parseAddress(s, user string) (address, error) {
 	fail := func(why string) (address, error) {
-		scheme, rest, _ := strings.Cut(s, "://")
-		rest = rest[strings.LastIndexByte(rest, '@')+1:]
-		return address{}, fmt.Errorf("store %q: %s: want ssh://user@host[:port]/path or sftp://user@host[:port]/path", scheme+"://"+rest, why)
+		return address{}, fmt.Errorf("store %q: %s: want ssh://user@host[:port]/path or sftp://user@host[:port]/path", httpio.WithoutUser(s), why)
 	}
 	if !Is(s) {
 		return fail("unknown kind")

@@ -128,13 +128,19 @@ func HostOf(raw string) string {
 }
 
 // WithoutUser drops what may be a password from an address that is refused,
-// well-formed or not: all up to the last "@", but the scheme.
+// well-formed or not: all up to the last "@", but the scheme. What stands before
+// "://" and is no scheme may be a user with a password, too.
 func WithoutUser(address string) string {
-	scheme, rest, ok := strings.Cut(address, "://")
-	if !ok {
+	scheme, _, ok := strings.Cut(address, "://")
+	if !ok || strings.ContainsFunc(scheme, notOfScheme) {
 		return address[strings.LastIndexByte(address, '@')+1:]
 	}
-	return scheme + "://" + rest[strings.LastIndexByte(rest, '@')+1:]
+	scheme += "://"
+	return scheme + address[max(len(scheme), strings.LastIndexByte(address, '@')+1):]
+}
+
+func notOfScheme(r rune) bool {
+	return !(r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || strings.ContainsRune("+.-", r))
 }
 
 // IsLoopback tells from the name whether host, with or without a port, is

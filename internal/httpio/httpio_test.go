@@ -41,6 +41,23 @@ func TestIsLoopback(t *testing.T) {
 	}
 }
 
+func TestWithoutUser(t *testing.T) {
+	for address, want := range map[string]string{
+		"https://joe:s3cret@h/p":      "https://h/p",
+		"s3+https://joe:s3cret@h@i/p": "s3+https://i/p",
+		"joe:s3cret@h/p":              "h/p",
+		"joe:s3cret@://":              "://",
+		"joe:s3cret@h://p":            "h://p",
+		"https://h/p":                 "https://h/p",
+		"/srv":                        "/srv",
+		"":                            "",
+	} {
+		if got := WithoutUser(address); got != want {
+			t.Errorf("%q: got %q, want %q", address, got, want)
+		}
+	}
+}
+
 func TestOrigin(t *testing.T) {
 	for a, b := range map[string]string{
 		"http://h/a":      "http://H:80/b",

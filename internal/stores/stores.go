@@ -120,10 +120,11 @@ func Check(address string) error {
 // hide returns what of an address of no kind can be shown: behind a scheme may
 // stand a password.
 func hide(address string) string {
-	if scheme, _, ok := strings.Cut(address, "://"); ok {
+	shown := httpio.WithoutUser(address)
+	if scheme, _, ok := strings.Cut(shown, "://"); ok {
 		return scheme + "://…"
 	}
-	return address
+	return shown
 }
 
 // Loose reports whether single chunks lie at address.

@@ -69,6 +69,12 @@ func TestRefusalsHideCredentials(t *testing.T) {
 			t.Errorf("%s: got %v, want an error that names the scheme and no password", address, err)
 		}
 	}
+	// The scheme was forgotten, or stands behind.
+	for _, address := range []string{"user:hidden@host/path", "user:hidden@host://path"} {
+		if _, err := Open(address, Source{}); err == nil || strings.Contains(err.Error(), "hid") {
+			t.Errorf("%s: got %v, want an error without the password", address, err)
+		}
+	}
 }
 
 // keychain has one login for every host.
