@@ -20,6 +20,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 )
 
 var (
@@ -218,6 +219,9 @@ func TestLayoutMoves(t *testing.T) {
 
 // TestHostileLayout puts other things than files in the place of a blob.
 func TestHostileLayout(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	im := newImage(t, 20)
 	id := im.ids(t, 0, 1)[0]
 	for name, put := range map[string]func(path string) error{
@@ -229,6 +233,7 @@ func TestHostileLayout(t *testing.T) {
 		"short":     func(p string) error { return os.WriteFile(p, []byte("x"), 0o644) },
 	} {
 		t.Run(name, func(t *testing.T) {
+			bounded.Case(t)
 			dir := t.TempDir()
 			blobs := filepath.Join(dir, "blobs", "sha256")
 			if err := os.MkdirAll(blobs, 0o755); err != nil {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 )
 
 func TestSources(t *testing.T) {
@@ -323,6 +324,9 @@ func TestRenewed(t *testing.T) {
 
 // TestHostileServices: what gives credentials is bounded too.
 func TestHostileServices(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	address := service(t, func(w http.ResponseWriter, r *http.Request) { io.Copy(w, &endless{1 << 30}) })
 	redirect := service(t, func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, address, http.StatusFound) })
 	for _, a := range []string{address, redirect} {

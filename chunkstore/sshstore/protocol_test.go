@@ -14,6 +14,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 )
 
 var hello = message{kind: kindHello, number: featureReadableStore}.append(nil)
@@ -27,6 +28,9 @@ func header(k kind, size uint64) []byte {
 // TestHostile: whatever a server sends after its hello, the reader gets an
 // error soon, and one that says whether to try again.
 func TestHostile(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	t.Parallel()
 	id, stored := chunk(1, 3000)
 	good := append(message{kind: kindChunk, number: chunkCompressed, id: id, data: len(stored)}.append(nil), stored...)
@@ -60,6 +64,7 @@ func TestHostile(t *testing.T) {
 		{"missing", message{kind: kindMissing, id: id}.append(nil), true, "chunk not found"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
+			bounded.Case(t)
 			write(t, file, string(hello)+string(test.answer))
 			st := server.open("ssh", "/dir")
 			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)

@@ -24,6 +24,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/layer"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 	"github.com/container-bootfs/bootfs/internal/transport"
 	"github.com/container-bootfs/bootfs/internal/tree"
 )
@@ -363,6 +364,9 @@ func TestLinksAreBounded(t *testing.T) {
 
 // Symlinks of a hostile source lead round in circles, up, and through files.
 func TestHostileLinks(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	src := testTree(t, "/bin 777 -> /sbin", "/sbin 777 -> bin", "/usr/bin 777 -> ../../../../x", "/x/y 755 = x", "/etc 777 -> .",
 		"/proc 777 -> /etc", "/var 777 -> /x/y", "/passwd 644 = p", "/group/ 755", "/opt 777 -> opt/opt", "/volume 777 -> /")
 	in := testInput(t, src, `{"os":"linux","config":{"Entrypoint":["/x/y/z","../../x/y","/etc/etc/x/y"],"Env":["PATH=/bin:/usr/bin:/etc/x"],"WorkingDir":"/opt/w"}}`)
@@ -384,6 +388,9 @@ func TestHostileLinks(t *testing.T) {
 
 // A configuration of 8 MiB can name the same directory a million times.
 func TestHostilePath(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	src := testTree(t, "/bin 777 -> usr/bin")
 	usrBin := testTree(t, "/x 644 = x").Root
 	for i := range 10_000 {
@@ -499,6 +506,9 @@ func bootConfigFile() *v1.ConfigFile {
 }
 
 func TestHostileContents(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	index := []byte("index")
 	digest := fmt.Sprintf("sha256:%x", sha256.Sum256(index))
 	good := func() map[string]file {
@@ -537,6 +547,7 @@ func TestHostileContents(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			bounded.Case(t)
 			files := good()
 			if c.files != nil {
 				c.files(files)

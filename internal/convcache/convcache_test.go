@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"math/rand/v2"
@@ -22,6 +23,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunker"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/erofs"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 )
 
 func diffID(n int) string { return "sha256:" + index.SHA256.Sum(fmt.Append(nil, n)).String() }
@@ -132,18 +134,27 @@ func TestDamagedRecord(t *testing.T) {
 }
 
 // resealed makes a record of plain bytes that nobody would write.
-func resealed(t testing.TB, plain []byte) []byte {
+func resealed(t testing.TB, plain io.Reader) []byte {
 	t.Helper()
-	z, err := zstd.NewWriter(nil)
+	b := bytes.NewBufferString(header(diffID(0)))
+	z, err := zstd.NewWriter(b, zstd.WithEncoderConcurrency(1))
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := z.EncodeAll(plain, []byte(header(diffID(0))))
-	sum := index.SHA256.Sum(b)
-	return append(b, sum[:]...)
+	if _, err := io.Copy(z, plain); err != nil {
+		t.Fatal(err)
+	}
+	if err := z.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sum := index.SHA256.Sum(b.Bytes())
+	return append(b.Bytes(), sum[:]...)
 }
 
 func TestHostileRecords(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	change := func(do func(r *Record)) []byte {
 		r := &Record{Layers: []string{diffID(0), diffID(1)}, Units: []Unit{unitOf(1, File{0, 5, 2}, File{1, 3, 1})}}
 		do(r)
@@ -153,7 +164,7 @@ func TestHostileRecords(t *testing.T) {
 		}
 		return b
 	}
-	if _, err := Open(diffID(0), resealed(t, change(func(*Record) {}))); err != nil {
+	if _, err := Open(diffID(0), resealed(t, bytes.NewReader(change(func(*Record) {})))); err != nil {
 		t.Fatal(err)
 	}
 	for name, plain := range map[string][]byte{
@@ -173,17 +184,32 @@ func TestHostileRecords(t *testing.T) {
 			r.Units[0].Files[0].Blocks = 100
 			r.Units[0].Chunks = []Chunk{{Size: 101 * erofs.BlockSize}}
 		}),
-		"100 MiB in a few KiB":      make([]byte, maxPlain+1),
 		"entries beyond the record": {0xff, 0xff, 0xff, 0x0f, 1},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if r, err := Open(diffID(0), resealed(t, plain)); err == nil {
+			bounded.Case(t)
+			if r, err := Open(diffID(0), resealed(t, bytes.NewReader(plain))); err == nil {
 				t.Errorf("accepted: %+v", r)
 			}
 		})
 	}
+	for n, want := range map[int64]string{maxPlain + 1: "it holds more than", maxPlain: "malformed"} {
+		bounded.Case(t)
+		zeros, err := os.Open("/dev/zero")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer zeros.Close()
+		if _, err := Open(diffID(0), resealed(t, io.LimitReader(zeros, n))); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%d bytes of zeros: got %v, want %q", n, err, want)
+		}
+	}
+}
+
+// TestSealLimit: no record is made that Open would refuse.
+func TestSealLimit(t *testing.T) {
 	if _, err := (&Record{Entries: make([]byte, maxPlain), Layers: []string{diffID(0)}}).Seal(diffID(0)); err == nil {
-		t.Error("a record that Open would refuse is sealed")
+		t.Error("it is sealed")
 	}
 }
 

@@ -141,19 +141,28 @@ func Open(diffID string, sealed []byte) (*Record, error) {
 	if sum := sha256.Sum256(body); !bytes.Equal(sum[:], sealed[len(body):]) {
 		return nil, errors.New("damaged: its content does not match its digest")
 	}
-	z, err := zstd.NewReader(bytes.NewReader(rest[:len(rest)-sha256.Size]),
-		zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(2*window))
+	frames := bytes.NewReader(rest[:len(rest)-sha256.Size])
+	z, err := zstd.NewReader(frames, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(2*window))
 	if err != nil {
 		return nil, err
 	}
 	defer z.Close()
-	// The buffer grows with what arrives, not with what is claimed.
-	plain, err := io.ReadAll(io.LimitReader(z, maxPlain+1))
+	// Nothing is allocated for what is only claimed; and to count before is
+	// cheaper than a buffer that grows.
+	n, err := io.Copy(io.Discard, io.LimitReader(z, maxPlain+1))
 	if err != nil {
 		return nil, fmt.Errorf("zstd: %w", err)
 	}
-	if len(plain) > maxPlain {
+	if n > maxPlain {
 		return nil, fmt.Errorf("it holds more than %d bytes", maxPlain)
+	}
+	plain := make([]byte, n)
+	_, _ = frames.Seek(0, io.SeekStart) // it has a start
+	if err = z.Reset(frames); err == nil {
+		_, err = io.ReadFull(z, plain)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("zstd: %w", err)
 	}
 	return decode(diffID, plain)
 }

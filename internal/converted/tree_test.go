@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/internal/rootimage"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 	"github.com/container-bootfs/bootfs/internal/tree"
 	"github.com/container-bootfs/bootfs/internal/treecmp"
 )
@@ -89,6 +90,9 @@ func TestTree(t *testing.T) {
 // TestTreeHostile damages metadata at random: an error or some tree, but
 // neither a panic nor more memory than the metadata justify.
 func TestTreeHostile(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	plan, err := rootimage.New(sampleTree())
 	if err != nil {
 		t.Fatal(err)

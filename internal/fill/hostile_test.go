@@ -17,6 +17,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/erofs"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 	"github.com/container-bootfs/bootfs/internal/tree"
 )
 
@@ -48,6 +49,9 @@ func nid(t *testing.T, meta []byte, name string) int {
 }
 
 func TestHostile(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	le := binary.LittleEndian
 	for name, test := range map[string]struct {
 		want   string
@@ -96,6 +100,7 @@ func TestHostile(t *testing.T) {
 		"no metadata": {"metadata of 0 bytes", func(t *testing.T, m *image) { m.meta = nil }},
 	} {
 		t.Run(name, func(t *testing.T) {
+			bounded.Case(t)
 			m := newImage(t, sample())
 			m.meta = bytes.Clone(m.meta)
 			test.damage(t, m)
@@ -305,6 +310,9 @@ func TestRandomTrees(t *testing.T) {
 // journal in a volume that it shares. One that is longer than the image allows
 // is none; what is no file is an error, and nobody waits for it.
 func TestHostileJournal(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	for name, test := range map[string]struct {
 		want string
 		put  func(at string) error
@@ -317,6 +325,7 @@ func TestHostileJournal(t *testing.T) {
 		"directory": {"is a directory", func(at string) error { return os.Mkdir(at, 0o700) }},
 	} {
 		t.Run(name, func(t *testing.T) {
+			bounded.Case(t)
 			tr := sample()
 			dir := t.TempDir()
 			try(t, os.Mkdir(filepath.Join(dir, ".state"), 0o700), test.put(filepath.Join(dir, ".state", journalName)))

@@ -15,6 +15,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/container-bootfs/bootfs/internal/testenv"
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 )
 
 var testKind = ArtifactKind{Type: "application/vnd.test.v1", MediaType: "application/vnd.test.file.v1", MaxFile: 1 << 20}
@@ -110,6 +111,9 @@ func TestArtifact(t *testing.T) {
 }
 
 func TestHostileArtifact(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	host := startRegistry(t, nil)
 	put := func(tag string, k ArtifactKind, files map[string][]byte) string {
 		ref := host + "/test/app:" + tag
@@ -133,6 +137,7 @@ func TestHostileArtifact(t *testing.T) {
 		"no such server": {"127.0.0.1:1/test/app:x", "refused"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			bounded.Case(t)
 			a := testArtifact(t, tt.ref)
 			for range 2 {
 				if _, err := a.Get(t.Context(), "x"); err == nil || !strings.Contains(err.Error(), tt.want) {

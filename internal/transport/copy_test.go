@@ -13,6 +13,8 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
 )
 
 // TestCopyFaults damages the source, or lets the destination refuse: the error
@@ -93,6 +95,9 @@ func TestOpenBlob(t *testing.T) {
 
 // TestHostileGraph walks manifests that are too many, too large or nonsense.
 func TestHostileGraph(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	descriptor := func(raw []byte) string {
 		h, n, err := v1.SHA256(bytes.NewReader(raw))
 		if err != nil {
@@ -118,6 +123,7 @@ func TestHostileGraph(t *testing.T) {
 		"gone":          {`{"manifests":[` + list[0] + `]}`, memory{}, "no such file"},
 	} {
 		t.Run(name, func(t *testing.T) {
+			bounded.Case(t)
 			h, n, err := v1.SHA256(strings.NewReader(tt.root))
 			if err != nil {
 				t.Fatal(err)
@@ -174,6 +180,9 @@ func FuzzGraph(f *testing.F) {
 
 // TestHostileConfigs resolves an index of more configurations than are held.
 func TestHostileConfigs(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	from := memory{}
 	add := func(raw string) v1.Descriptor {
 		h, n, err := v1.SHA256(strings.NewReader(raw))

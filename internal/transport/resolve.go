@@ -18,10 +18,10 @@ import (
 
 // maxManifests bounds how many manifests one name may lead to, and
 // maxManifestBytes how many bytes those have that are held at once: a manifest
-// with a thousand layers has 200 kB.
+// with a thousand layers has 200 kB. What is parsed of them takes as much again.
 const (
 	maxManifests     = 1000
-	maxManifestBytes = 64 << 20
+	maxManifestBytes = 32 << 20
 )
 
 // contents is where blobs lie under their digests: a registry's repository or

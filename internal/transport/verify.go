@@ -86,5 +86,5 @@ func readAll(ctx context.Context, c contents, d v1.Descriptor, limit int64) ([]b
 	if _, err := buf.ReadFrom(rc); err != nil {
 		return nil, err
 	}
-	return buf.Bytes(), nil
+	return bytes.Clone(buf.Bytes()), nil // the buffer has up to twice as much
 }
