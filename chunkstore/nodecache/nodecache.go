@@ -27,6 +27,9 @@ import (
 type Options struct {
 	// Limit is how many bytes of the disk the chunks may take; 0 is no limit.
 	Limit int64
+	// Reserve is the free space that the cache leaves on its file system; the
+	// zero value is none.
+	Reserve Reserve
 	// Log takes what a person should know; nil discards it.
 	Log *slog.Logger
 }
@@ -34,9 +37,22 @@ type Options struct {
 // Cache is a node cache. It is safe for concurrent use.
 type Cache struct {
 	*local.Store
-	dir    *os.File // as Store has it, to reach the hidden files
-	log    *slog.Logger
-	marked atomic.Bool // the marker is there, or cannot be written
+	dir     *os.File // as Store has it, to reach the hidden files
+	limit   int64    // bytes, 0: none
+	reserve Reserve
+	log     *slog.Logger
+	room    room
+
+	readOnly bool
+
+	marked    atomic.Bool  // the marker is there, or cannot be written
+	noSpace   atomic.Bool  // the disk has refused a chunk
+	lockedOut atomic.Int64 // since when another process has the evictor's lock, in seconds of Unix; 0: it has not
+	usesLost  atomic.Bool  // the times of chunks cannot be set
+	uses      chan index.ID
+
+	ctx    context.Context // of what goes on in the background
+	cancel context.CancelFunc
 }
 
 var (
@@ -63,31 +79,68 @@ func Open(dir string, o Options) (*Cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("node cache: %w", err)
 	}
-	c := &Cache{Store: local.New(root, local.Batched(), local.WithLimit(o.Limit)), dir: held, log: o.Log}
+	c := &Cache{
+		Store:   local.New(root, local.Batched()),
+		dir:     held,
+		limit:   o.Limit,
+		reserve: o.Reserve,
+		log:     o.Log,
+		uses:    make(chan index.ID, usesKept),
+	}
 	if c.log == nil {
 		c.log = slog.New(slog.DiscardHandler)
 	}
+	c.readOnly = c.writable() != nil
+	c.ctx, c.cancel = context.WithCancel(context.Background())
 	marked, err := c.checkMarker()
 	if err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	c.marked.Store(marked)
+	if !c.readOnly {
+		c.room.background.Go(c.noteUses)
+	}
 	return c, nil
 }
 
-// Close releases the directory.
-func (c *Cache) Close() error { return errors.Join(c.Store.Close(), c.dir.Close()) }
+// Close ends what goes on in the background and releases the directory.
+func (c *Cache) Close() error {
+	c.cancel()
+	c.room.background.Wait()
+	return errors.Join(c.Store.Close(), c.dir.Close())
+}
+
+// Get appends the stored form of chunk id to dst.
+func (c *Cache) Get(ctx context.Context, id index.ID, dst []byte) ([]byte, error) {
+	frame, err := c.Store.Get(ctx, id, dst)
+	if err == nil {
+		c.use(id)
+	}
+	return frame, err
+}
 
 // Put stores frame as chunk id, over whatever stands there: that is how damage
-// heals. It fails with chunkstore.ErrFull where the cache may not grow.
+// heals. It fails with chunkstore.ErrFull where the cache may not grow, and
+// starts an eviction before that.
 func (c *Cache) Put(ctx context.Context, id index.ID, frame []byte) error {
+	if c.readOnly {
+		return fmt.Errorf("node cache %s: %w", c, errReadOnly)
+	}
+	n := (int64(len(frame)) + block - 1) / block * block
+	if err := c.take(ctx, n); err != nil {
+		return fmt.Errorf("node cache %s: %w", c, err)
+	}
 	if !c.marked.Swap(true) {
 		// The cache works without it, and as well where it cannot be written.
 		if err := c.writeMarker(); err != nil {
 			c.log.Debug("cannot mark the cache", "cache", c.String(), "error", err)
 		}
 	}
-	return c.Store.Put(ctx, id, frame)
+	err := c.Store.Put(ctx, id, frame)
+	if err != nil {
+		c.giveBack(n, err)
+	}
+	return err
 }
 
 // open opens a hidden file of the cache, never another thing in its place.

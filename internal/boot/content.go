@@ -37,26 +37,27 @@ const privateCacheLimit = 1 << 30
 // content is the root image of the container: what stands in the boot image,
 // and the stores that have the rest. Opening it does not use the network.
 type content struct {
-	config      *bootimage.Config
-	index       *index.Index
-	locators    *registrystore.Locators // nil where the chunks lie in loose stores
-	meta        []byte
-	upstream    []chunkstore.Store
-	fetcher     *chunkstore.Fetcher
-	image       *lazy.Image
-	server      *mount.Server
-	memory      memory
-	cacheSize   *int64     // bytes, 0: any; nil: what is usual
-	sharedCache bool       // the cache outlives the container
-	s3Variables bool       // the variables with credentials for S3 are boot's, not the app's
-	offline     *noNetwork // stands for the stores that are reached over a network; nil if they may be
-	log         *logger
-	faults      *logger // of the way to the chunks; kept until the start has succeeded
-	started     func()  // lets them be said
+	config       *bootimage.Config
+	index        *index.Index
+	locators     *registrystore.Locators // nil where the chunks lie in loose stores
+	meta         []byte
+	upstream     []chunkstore.Store
+	fetcher      *chunkstore.Fetcher
+	image        *lazy.Image
+	server       *mount.Server
+	memory       memory
+	cacheSize    *int64 // bytes, 0: any; nil: what is usual
+	cacheReserve nodecache.Reserve
+	sharedCache  bool       // the cache outlives the container
+	s3Variables  bool       // the variables with credentials for S3 are boot's, not the app's
+	offline      *noNetwork // stands for the stores that are reached over a network; nil if they may be
+	log          *logger
+	faults       *logger // of the way to the chunks; kept until the start has succeeded
+	started      func()  // lets them be said
 }
 
 func openContent(config *bootimage.Config, s *settings, out *console) (*content, error) {
-	c := &content{config: config, memory: ownMemory(), cacheSize: s.cacheSize, log: out.log}
+	c := &content{config: config, memory: ownMemory(), cacheSize: s.cacheSize, cacheReserve: s.cacheReserve, log: out.log}
 	c.faults, c.started = out.keeping()
 	rawIndex, err := mapFile(bootimage.IndexPath)
 	if err != nil {
@@ -220,7 +221,7 @@ func (c *content) openCache(own bool) (chunkstore.Writer, error) {
 	if err != nil {
 		return nil, err
 	}
-	o := nodecache.Options{Log: c.log}
+	o := nodecache.Options{Reserve: c.cacheReserve, Log: c.log}
 	if c.cacheSize != nil {
 		o.Limit = *c.cacheSize
 	}

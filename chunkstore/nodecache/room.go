@@ -1,0 +1,180 @@
+package nodecache
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/chunkstore"
+)
+
+// How often a writer looks again at what others do to the cache and its disk.
+const (
+	lookEvery  = 5 * time.Second
+	spaceEvery = 100 * time.Millisecond
+	spaceAfter = 1 << 20 // bytes that it has written
+
+	// lookPatience is how long a write waits to hear how large the cache is. It is
+	// not kept where that takes longer.
+	lookPatience = 250 * time.Millisecond
+
+	// evictPause is between two evictions of one process; stuckPause, after one
+	// that could not remove what it should.
+	evictPause = time.Second
+	stuckPause = 30 * time.Second
+)
+
+// manyWriters is how many processes write to a cache of which nothing is known.
+const manyWriters = 16
+
+// block is what the size of a file is rounded up to, in bytes.
+const block = 4096
+
+// room is what a writer knows of the room that is left.
+type room struct {
+	mu      sync.Mutex    // guards what follows
+	held    int64         // bytes of the cache: at the last look, and what this process has written since
+	before  int64         // at the last look
+	looked  time.Time     // when that was; zero: never
+	writers int64         // how many processes write, by how much the cache grows
+	wrote   int64         // by this process since the last look
+	step    int64         // no more than that until the next one
+	disk    space         // less what this process has written since
+	asked   time.Time     // when disk was
+	since   int64         // bytes written since then
+	next    time.Time     // no eviction before
+	tending bool          // a look, and perhaps an eviction, is under way
+	look    chan struct{} // closed after that look
+
+	background sync.WaitGroup
+}
+
+// take says that n bytes will be written, or fails with ErrFull. Where it is time
+// to look at the cache, or room is getting short, it has that seen to in the
+// background: the disk may be slow, and what waits for a write is reads.
+func (c *Cache) take(ctx context.Context, n int64) error {
+	r := &c.room
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	if c.reserve != (Reserve{}) && (now.Sub(r.asked) > spaceEvery || r.since > spaceAfter) {
+		r.disk, r.asked, r.since = c.space(), now, 0
+	}
+	reserve := c.reserve.of(r.disk.size)
+	short := r.disk.size > 0 && r.disk.free-n < reserve
+	crowded := short || c.noSpace.Load() || c.limit > 0 && r.held+n > c.high()
+	look := r.looked.IsZero() || c.limit > 0 && (r.wrote > r.step/2 || now.Sub(r.looked) > lookEvery)
+	if !r.tending && (look || crowded && now.After(r.next)) {
+		r.tending, r.look = true, make(chan struct{})
+		r.background.Go(c.tend)
+	}
+	blind := func() bool { return c.limit > 0 && (r.looked.IsZero() || r.wrote+n > max(r.step, n)) }
+	if blind() && r.tending {
+		done := r.look
+		r.mu.Unlock()
+		t := time.NewTimer(lookPatience)
+		select {
+		case <-done:
+		case <-t.C:
+		case <-ctx.Done():
+		}
+		t.Stop()
+		r.mu.Lock()
+	}
+	switch {
+	case blind():
+		return fmt.Errorf("%w: it is not known yet how many of %d bytes are taken", chunkstore.ErrFull, c.limit)
+	case c.limit > 0 && r.held+n > c.limit:
+		return fmt.Errorf("%w: %d of %d bytes are taken, %d more are wanted", chunkstore.ErrFull, r.held, c.limit, n)
+	case short:
+		return fmt.Errorf("%w: %d bytes of the disk are free and %d shall stay so, %d more are wanted", chunkstore.ErrFull, r.disk.free, reserve, n)
+	}
+	r.held, r.wrote, r.disk.free, r.since = r.held+n, r.wrote+n, r.disk.free-n, r.since+n
+	return nil
+}
+
+// high is how many bytes of the cache are too many.
+func (c *Cache) high() int64 { return int64(highShare * float64(c.limit)) }
+
+// tend looks how large the cache is, and evicts if that is called for.
+func (c *Cache) tend() {
+	r := &c.room
+	var failed error
+	var held int64
+	if c.limit > 0 {
+		s, err := c.look(c.ctx, false)
+		if failed = err; err == nil {
+			held = s.scaled(s.bytes)
+		}
+	}
+	r.mu.Lock()
+	if c.limit > 0 && failed == nil {
+		c.learn(held, time.Now())
+	} else {
+		r.looked = time.Now() // what this process has written is all that is known
+	}
+	close(r.look)
+	due := failed == nil && !time.Now().Before(r.next)
+	r.mu.Unlock()
+
+	pause := time.Duration(0)
+	if due && (c.limit > 0 && held > c.high() || c.noSpace.Load() || c.lacks() > 0 || c.sweepDue()) {
+		var e Eviction
+		e, failed = c.Evict(c.ctx)
+		if pause = evictPause; e.Short > 0 {
+			pause = stuckPause
+		}
+		if e.Chunks > 0 {
+			c.log.Debug("evicted from the cache", "cache", c.String(), "chunks", e.Chunks, "bytes", e.Bytes, "of", e.Before)
+		}
+	}
+	if failed != nil && c.ctx.Err() == nil {
+		pause = stuckPause
+		c.log.Info("cannot evict from the cache", "cache", c.String(), "error", failed)
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.tending = false
+	if pause > 0 {
+		r.next = time.Now().Add(pause)
+	}
+}
+
+// learn takes held for the bytes of the cache, as of now. The caller has locked
+// the room.
+func (c *Cache) learn(held int64, now time.Time) {
+	r := &c.room
+	// Of what the cache has grown by, others may have written the most: the next
+	// look comes before all together can have filled it.
+	if r.writers == 0 {
+		r.writers = manyWriters
+	} else if r.wrote > 0 && held > r.before {
+		r.writers = min(4*manyWriters, max(1, (held-r.before+r.wrote/2)/r.wrote))
+	}
+	r.held, r.before, r.looked, r.wrote = held, held, now, 0
+	r.step = max(c.limit/256, (c.high()-held)/(4*r.writers))
+}
+
+// settle takes the result of an eviction for what the cache holds.
+func (c *Cache) settle(e Eviction) {
+	c.room.mu.Lock()
+	defer c.room.mu.Unlock()
+	c.room.wrote = 0 // what an eviction takes away says nothing of the others
+	c.learn(max(0, e.Before-e.Bytes-e.LeftBytes), time.Now())
+	c.room.asked = time.Time{}
+}
+
+// giveBack says that n bytes that were taken have not been written, because of
+// err.
+func (c *Cache) giveBack(n int64, err error) {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		c.noSpace.Store(true)
+	}
+	c.room.mu.Lock()
+	defer c.room.mu.Unlock()
+	c.room.held, c.room.wrote, c.room.disk.free = c.room.held-n, c.room.wrote-n, c.room.disk.free+n
+}
