@@ -230,7 +230,7 @@ func (r result) want(t *testing.T, stdout string) {
 // eventually waits until check holds.
 func eventually(t *testing.T, what string, check func() bool) {
 	t.Helper()
-	within(t, 30*time.Second, what, check)
+	within(t, 2*time.Minute, what, check)
 }
 
 // within is eventually for what may take longer.
