@@ -51,16 +51,18 @@ type cache struct {
 	// stalled is set when a chunk found no room in time and until a write ends.
 	// While it is set nobody waits for room again.
 	stalled atomic.Bool
+	refuses atomic.Bool // the last write failed
 
-	count                             counter
-	written, dropped, faults, corrupt atomic.Int64
-	readFaults, writeFaults           throttle
-	saidFull                          atomic.Bool
+	count                                     counter
+	shared, written, dropped, faults, corrupt atomic.Int64
+	readFaults, writeFaults                   throttle
+	saidFull                                  atomic.Bool
 }
 
 type cacheEntry struct {
-	id    index.ID
-	frame []byte
+	id      index.ID
+	frame   []byte
+	release func() // ends the claim on the chunk; nil: there is none
 }
 
 func newCache(store Writer, log *slog.Logger) *cache {
@@ -81,8 +83,9 @@ func newCache(store Writer, log *slog.Logger) *cache {
 	return c
 }
 
-// get appends the plain bytes of chunk ch to dst if they are there and good.
-func (c *cache) get(ctx context.Context, d index.Digest, ch index.Chunk, dst []byte) ([]byte, bool) {
+// get appends the plain bytes of chunk ch to dst. What is wrong with those that
+// are there is said and counted here; the error then wraps no ErrNotFound.
+func (c *cache) get(ctx context.Context, d index.Digest, ch index.Chunk, dst []byte) ([]byte, error) {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
 	frame, err := c.store.Get(ctx, ch.ID, (*buf)[:0])
@@ -90,7 +93,7 @@ func (c *cache) get(ctx context.Context, d index.Digest, ch index.Chunk, dst []b
 		if !errors.Is(err, ErrNotFound) && ctx.Err() == nil {
 			c.fault("cannot read from the cache", &c.readFaults, err, "chunk", ch.ID.String())
 		}
-		return dst, false
+		return dst, err
 	}
 	*buf = frame
 	plain, err := Decode(dst, frame, d, ch)
@@ -101,38 +104,56 @@ func (c *cache) get(ctx context.Context, d index.Digest, ch index.Chunk, dst []b
 		}
 		c.corrupt.Add(1)
 		c.log.Warn("corrupt chunk in the cache, fetching it anew", "cache", c.store.String(), "chunk", ch.ID.String(), "error", err)
-		return dst, false
+		return dst, err
 	}
 	c.count.add(len(frame), len(plain)-len(dst))
-	return plain, true
+	return plain, nil
 }
 
-// put has frame written, and waits up to patience for room in the queue.
-func (c *cache) put(ctx context.Context, id index.ID, frame []byte, patience time.Duration) {
-	e := cacheEntry{id, bytes.Clone(frame)}
+// put has the frame of w written, and waits up to patience for room in the
+// queue. The claim on w ends when others can read it, or never will.
+func (c *cache) put(ctx context.Context, w *want, frame []byte, patience time.Duration) {
+	e := cacheEntry{w.chunk.ID, bytes.Clone(frame), w.release}
+	if c.enqueue(ctx, e, patience) {
+		w.release = nil
+		return
+	}
+	c.dropped.Add(1)
+	w.giveUp()
+}
+
+func (c *cache) enqueue(ctx context.Context, e cacheEntry, patience time.Duration) bool {
 	select {
 	case <-c.closing:
-		c.dropped.Add(1)
-		return
+		return false
 	case c.queue <- e:
-		return
+		return true
 	default:
 	}
 	if c.stalled.Load() {
-		c.dropped.Add(1)
-		return
+		return false
 	}
 	t := time.NewTimer(patience)
 	defer t.Stop()
 	select {
 	case c.queue <- e:
-		return
+		return true
 	case <-t.C:
 		c.stalled.Store(true)
 	case <-ctx.Done():
 	case <-c.closing:
 	}
-	c.dropped.Add(1)
+	return false
+}
+
+// takes reports whether what is put is likely to be there for others soon.
+func (c *cache) takes() bool {
+	select {
+	case <-c.closing:
+		return false
+	default:
+		return !c.stalled.Load() && !c.refuses.Load()
+	}
 }
 
 // write writes what is queued, until close.
@@ -156,7 +177,11 @@ func (c *cache) write() {
 
 func (c *cache) writeOne(e cacheEntry) {
 	err := c.store.Put(c.ctx, e.id, e.frame)
+	if e.release != nil {
+		e.release()
+	}
 	c.stalled.Store(false)
+	c.refuses.Store(err != nil)
 	switch {
 	case err == nil:
 		c.written.Add(1)
@@ -235,6 +260,7 @@ func (c *cache) close() error {
 func (c *cache) stats() CacheStats {
 	return CacheStats{
 		Count:   c.count.load(),
+		Shared:  c.shared.Load(),
 		Written: c.written.Load(),
 		Dropped: c.dropped.Load(),
 		Faults:  c.faults.Load(),

@@ -20,7 +20,8 @@ type FetcherOptions struct {
 	Digest index.Digest
 	// Cache is asked first and takes what the stores delivered; nil for none. A
 	// fault of it never fails a read: it is logged and counted, and the stores
-	// are asked. A damaged chunk in it is overwritten by a good one.
+	// are asked. A damaged chunk in it is overwritten by a good one. If it is a
+	// Claimer, what another process is fetching is waited for, for a bounded time.
 	Cache Writer
 	// Stores are asked in order. A store that failed a moment ago is asked after
 	// the others, and in its place again once it has recovered.
@@ -35,8 +36,10 @@ type FetcherOptions struct {
 type Fetcher struct {
 	digest index.Digest
 	cache  *cache // nil: none
-	stores []*source
-	log    *slog.Logger
+	// neighbours is nil where no others are known to fill the cache.
+	neighbours *neighbours
+	stores     []*source
+	log        *slog.Logger
 
 	slowest slowest
 	waited  atomic.Int64 // nanoseconds
@@ -50,6 +53,9 @@ func NewFetcher(o FetcherOptions) *Fetcher {
 	}
 	if o.Cache != nil {
 		f.cache = newCache(o.Cache, f.log)
+		if c, ok := o.Cache.(Claimer); ok {
+			f.neighbours = newNeighbours(c)
+		}
 	}
 	for _, s := range o.Stores {
 		f.stores = append(f.stores, &source{Store: s, place: len(f.stores), log: f.log})
@@ -74,11 +80,14 @@ func (f *Fetcher) Fetch(ctx context.Context, c index.Chunk, dst []byte) ([]byte,
 	if err := checkSize(c); err != nil {
 		return dst, err
 	}
-	if plain, ok := f.cached(ctx, c, dst); ok {
+	plain, err := f.cached(ctx, c, dst)
+	if err == nil {
 		return plain, nil
 	}
+	w := f.newWant(c, 0)
+	w.bad = !errors.Is(err, ErrNotFound)
 	out := dst
-	_, err := f.fetch(ctx, []*want{f.newWant(c, 0)}, &sink{
+	_, err = f.bring(ctx, []*want{w}, &sink{
 		base:     dst,
 		emit:     func(_ *want, plain []byte) error { out = plain; return nil },
 		patience: readPatience,
@@ -125,7 +134,7 @@ func (f *Fetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i
 	if err := f.fetchCached(ctx, wants, emit); err != nil {
 		return err
 	}
-	abort, err := f.fetch(ctx, undone(wants), &sink{emit: emit, patience: batchPatience})
+	abort, err := f.bring(ctx, undone(wants), &sink{emit: emit, patience: batchPatience})
 	if abort != nil {
 		return abort
 	}
@@ -152,16 +161,16 @@ func (f *Fetcher) fetchCached(ctx context.Context, wants []*want, emit func(*wan
 	type result struct {
 		w     *want
 		plain *[]byte
-		ok    bool
+		err   error
 	}
 	work := queue(wants)
 	results := make(chan result)
 	for range min(len(wants), runtime.GOMAXPROCS(0)) {
 		go func() {
 			for w := range work {
-				r := result{w: w, plain: buffers.Get().(*[]byte)}
-				if ctx.Err() == nil {
-					*r.plain, r.ok = f.cached(ctx, w.chunk, (*r.plain)[:0])
+				r := result{w: w, plain: buffers.Get().(*[]byte), err: ctx.Err()}
+				if r.err == nil {
+					*r.plain, r.err = f.cached(ctx, w.chunk, (*r.plain)[:0])
 				}
 				results <- r
 			}
@@ -170,7 +179,8 @@ func (f *Fetcher) fetchCached(ctx context.Context, wants []*want, emit func(*wan
 	var abort error
 	for range wants {
 		r := <-results
-		if r.ok && abort == nil {
+		r.w.bad = r.err != nil && !errors.Is(r.err, ErrNotFound)
+		if r.err == nil && abort == nil {
 			r.w.done = true
 			if abort = emit(r.w, *r.plain); abort != nil {
 				cancel()
@@ -191,10 +201,11 @@ func queue(wants []*want) <-chan *want {
 	return c
 }
 
-// cached appends the plain bytes of chunk c to dst if the cache has them.
-func (f *Fetcher) cached(ctx context.Context, c index.Chunk, dst []byte) ([]byte, bool) {
+// cached appends the plain bytes of chunk c to dst if the cache has them, as
+// cache.get does.
+func (f *Fetcher) cached(ctx context.Context, c index.Chunk, dst []byte) ([]byte, error) {
 	if f.cache == nil {
-		return dst, false
+		return dst, ErrNotFound
 	}
 	return f.cache.get(ctx, f.digest, c, dst)
 }
@@ -206,6 +217,8 @@ type want struct {
 	done     bool    // it was delivered, or failed for good
 	failures []error // the last one of each store, nil where there is none
 	corrupt  int     // rounds through the stores in which one had it, but damaged
+	bad      bool    // the cache has something else in its place
+	release  func()  // ends the claim on it; nil: there is none
 }
 
 func (f *Fetcher) newWant(c index.Chunk, place int) *want {
@@ -481,7 +494,7 @@ func (f *Fetcher) take(ctx context.Context, s *source, w *want, frame []byte, k 
 		return k.abort
 	}
 	if f.cache != nil {
-		f.cache.put(ctx, w.chunk.ID, frame, k.patience)
+		f.cache.put(ctx, w, frame, k.patience)
 	}
 	return nil
 }

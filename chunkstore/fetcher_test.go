@@ -155,6 +155,11 @@ func init() {
 		chunks = append(chunks, chunkOf(index.SHA256, plains[i]))
 		good = append(good, Encode(nil, plains[i]))
 	}
+	// Makes the decoder here, as it would belong to the first synctest bubble that
+	// uses it.
+	if _, err := Decode(nil, good[0], index.SHA256, chunks[0]); err != nil {
+		panic(err)
+	}
 }
 
 func fetcher(t *testing.T, cache Writer, stores ...Store) *Fetcher {

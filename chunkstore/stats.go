@@ -31,6 +31,7 @@ type StoreStats struct {
 // CacheStats is what a Fetcher had from its cache and put there.
 type CacheStats struct {
 	Count         // read and good
+	Shared  int64 // of these chunks, those that another process was fetching when they were wanted
 	Written int64 // chunks put
 	Dropped int64 // chunks not put, as the cache was full or too slow
 	Faults  int64 // reads and writes that failed

@@ -42,6 +42,7 @@ type Cache struct {
 	reserve Reserve
 	log     *slog.Logger
 	room    room
+	claims  claims
 
 	readOnly bool
 
@@ -60,6 +61,7 @@ var (
 	_ chunkstore.Lister  = (*Cache)(nil)
 	_ chunkstore.Remover = (*Cache)(nil)
 	_ chunkstore.Flusher = (*Cache)(nil)
+	_ chunkstore.Claimer = (*Cache)(nil)
 )
 
 // Open returns the cache in dir, which it makes if it is missing. The error is a
@@ -107,6 +109,7 @@ func Open(dir string, o Options) (*Cache, error) {
 func (c *Cache) Close() error {
 	c.cancel()
 	c.room.background.Wait()
+	c.closeLocks()
 	return errors.Join(c.Store.Close(), c.dir.Close())
 }
 

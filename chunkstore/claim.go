@@ -1,0 +1,261 @@
+package chunkstore
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/container-bootfs/bootfs/index"
+)
+
+// Claimer is implemented by caches that several processes fill, so that what all
+// of them want is fetched by one. A claim is a hint: what it says may be wrong,
+// out of date or a lie, and then a chunk is fetched twice.
+type Claimer interface {
+	// Claim tells the others that this process is fetching chunk id, until it calls
+	// release or ends. It never waits. ok is false while another has claimed the
+	// chunk, or another call in this process. Where nothing can be told to others,
+	// every claim is good.
+	Claim(id index.ID) (release func(), ok bool)
+}
+
+const (
+	// Others are waited for as long as something comes of it, and this long in vain
+	// in all: by then they are stopped, or hold their claims to do harm. Their
+	// chunks are claimed a second time, for those who wait for them as well, and
+	// those claims waited for once more.
+	firstPatience  = 4 * time.Second
+	secondPatience = 2 * time.Second
+	// patienceBack is after how long others are given a second chance.
+	patienceBack = 10 * time.Minute
+	// expectedPause is between two chunks from others that are at work. It is not
+	// waited in vain.
+	expectedPause = 250 * time.Millisecond
+
+	// How often those who wait look into the cache: soon at first, then at longest
+	// intervals, and longer ones for many chunks, as each look costs some system
+	// calls. Every claimEvery-th time they look whether the others have given up.
+	leastPoll  = time.Millisecond
+	longPoll   = 20 * time.Millisecond
+	pollChunk  = 250 * time.Microsecond
+	claimEvery = 4
+)
+
+// neighbours are the other processes that fill a Fetcher's cache.
+type neighbours struct {
+	Claimer
+	rounds [2]patience
+}
+
+func newNeighbours(c Claimer) *neighbours {
+	n := &neighbours{Claimer: c}
+	n.rounds[0].most = firstPatience
+	n.rounds[1].most = secondPatience
+	return n
+}
+
+// claim claims w for a round.
+func (n *neighbours) claim(round int, w *want) bool {
+	id := w.chunk.ID
+	if round > 0 {
+		for i := range id {
+			id[i] = ^id[i] // a name that no other chunk has
+		}
+	}
+	var ok bool
+	w.release, ok = n.Claim(id)
+	return ok
+}
+
+// giveUp ends the claim on w, if there is one.
+func (w *want) giveUp() {
+	if w.release != nil {
+		w.release()
+		w.release = nil
+	}
+}
+
+// bring delivers wants to k as fetch does, but leaves to other processes what
+// these are fetching already, and takes it from the cache. First it fetches what
+// it could claim: so nobody waits for one who waits for him.
+func (f *Fetcher) bring(ctx context.Context, wants []*want, k *sink) (abort, err error) {
+	if f.neighbours == nil {
+		return f.fetch(ctx, wants, k)
+	}
+	defer func() {
+		for _, w := range wants {
+			w.giveUp()
+		}
+	}()
+	var failed []error
+	fetch := func(ws []*want) error {
+		abort, err := f.fetch(ctx, ws, k)
+		var many batchError
+		switch {
+		case errors.As(err, &many):
+			failed = append(failed, many...)
+		case err != nil:
+			failed = append(failed, err)
+		}
+		for _, w := range ws {
+			w.giveUp()
+		}
+		return abort
+	}
+	// What is written nowhere need not be waited for by others, or by this one,
+	// whose chunks come no sooner for it.
+	for round := 0; round < len(f.neighbours.rounds) && f.cache.takes() && ctx.Err() == nil; round++ {
+		if abort := f.share(ctx, round, wants, k, fetch); abort != nil {
+			return abort, nil
+		}
+	}
+	if _, abort := f.look(ctx, undone(wants), k); abort != nil {
+		return abort, nil
+	}
+	if open := undone(wants); len(open) > 0 {
+		if abort := fetch(open); abort != nil {
+			return abort, nil
+		}
+	}
+	return nil, joinFailed(failed)
+}
+
+// share fetches what can be claimed of wants, and waits for the rest until
+// patience is over.
+func (f *Fetcher) share(ctx context.Context, round int, wants []*want, k *sink, fetch func([]*want) error) (abort error) {
+	patience := &f.neighbours.rounds[round]
+	patience.begin()
+	defer patience.end()
+	end := time.Now().Add(time.Hour)
+	if d, ok := ctx.Deadline(); ok {
+		end = time.Now().Add(time.Until(d) / 4) // the stores need the rest
+	}
+	pause := leastPoll
+	for pass := 0; ; pass++ {
+		open := undone(wants)
+		arrived := false
+		if pass > 0 {
+			if arrived, abort = f.look(ctx, open, k); abort != nil {
+				return abort
+			}
+			open = undone(open)
+		}
+		if pass%claimEvery == 0 {
+			var mine []*want
+			for _, w := range open {
+				if f.neighbours.claim(round, w) {
+					w.bad = w.bad && pass == 0
+					mine = append(mine, w)
+				}
+			}
+			// Another may have fetched it before the claim.
+			if _, abort = f.look(ctx, mine, k); abort != nil {
+				return abort
+			}
+			for _, w := range mine {
+				if w.done {
+					w.giveUp()
+				}
+			}
+			arrived = arrived || len(mine) > 0
+			if mine = undone(mine); len(mine) > 0 {
+				patience.end()
+				abort = fetch(mine)
+				patience.begin()
+				if abort != nil {
+					return abort
+				}
+			}
+			open = undone(open)
+		}
+		if arrived {
+			patience.progress()
+			pause = leastPoll
+		}
+		if len(open) == 0 || ctx.Err() != nil || patience.over() || time.Now().After(end) {
+			return nil
+		}
+		sleep(ctx, pause+time.Duration(len(open))*pollChunk)
+		pause = min(2*pause, longPoll)
+	}
+}
+
+// look delivers those of wants that are in the cache by now, and reports whether
+// there are any.
+func (f *Fetcher) look(ctx context.Context, wants []*want, k *sink) (found bool, abort error) {
+	for _, w := range wants {
+		if w.bad {
+			continue // who has claimed it heals it
+		}
+		plain, err := f.cache.get(ctx, f.digest, w.chunk, k.base)
+		if err != nil {
+			w.bad = !errors.Is(err, ErrNotFound)
+			continue
+		}
+		f.cache.shared.Add(1)
+		if len(k.base) == 0 {
+			k.base = plain[:0]
+		}
+		found, w.done = true, true
+		if k.abort = k.emit(w, plain); k.abort != nil {
+			return true, k.abort
+		}
+	}
+	return found, nil
+}
+
+// patience is how long a process waits for others in vain, all its waiting
+// together.
+type patience struct {
+	most time.Duration
+
+	mu      sync.Mutex // guards what follows
+	spent   time.Duration
+	last    time.Time // when some was spent
+	waiting int       // calls
+	since   time.Time // when something came, or the first of those calls
+}
+
+func (p *patience) begin() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	if p.waiting == 0 {
+		p.since = now
+	}
+	p.waiting++
+	if now.Sub(p.last) > patienceBack {
+		p.spent = 0
+	}
+}
+
+func (p *patience) end() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.waiting--; p.waiting == 0 {
+		p.spend(time.Now())
+	}
+}
+
+// progress says that something came.
+func (p *patience) progress() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.spend(time.Now())
+}
+
+// spend counts what was waited in vain until now. The caller has locked p.
+func (p *patience) spend(now time.Time) {
+	if idle := now.Sub(p.since) - expectedPause; idle > 0 {
+		p.spent += idle
+		p.last = now
+	}
+	p.since = now
+}
+
+func (p *patience) over() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.spent+max(0, time.Since(p.since)-expectedPause) >= p.most
+}
