@@ -33,6 +33,12 @@ const (
 	// waited in vain.
 	expectedPause = 250 * time.Millisecond
 
+	// A claim takes microseconds. If each one takes longer than slowClaim, which it
+	// does where somebody has set locks by the ten thousand, no more are made once
+	// slowClaims have taken so long together.
+	slowClaim  = time.Millisecond
+	slowClaims = 2 * time.Second
+
 	// How often those who wait look into the cache: soon at first, then at longest
 	// intervals, and longer ones for many chunks, as each look costs some system
 	// calls. Every claimEvery-th time they look whether the others have given up.
@@ -46,6 +52,10 @@ const (
 type neighbours struct {
 	Claimer
 	rounds [2]patience
+
+	mu    sync.Mutex    // guards what follows
+	slow  time.Duration // that the last claims took, all of them slow
+	until time.Time     // no claim before
 }
 
 func newNeighbours(c Claimer) *neighbours {
@@ -64,8 +74,29 @@ func (n *neighbours) claim(round int, w *want) bool {
 		}
 	}
 	var ok bool
+	start := time.Now()
 	w.release, ok = n.Claim(id)
+	n.took(time.Since(start))
 	return ok
+}
+
+func (n *neighbours) took(d time.Duration) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if d < slowClaim {
+		n.slow = 0
+		return
+	}
+	if n.slow += d; n.slow > slowClaims {
+		n.slow, n.until = 0, time.Now().Add(patienceBack)
+	}
+}
+
+// usable reports whether claims can be made now.
+func (n *neighbours) usable() bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.until.IsZero() || time.Now().After(n.until)
 }
 
 // giveUp ends the claim on w, if there is one.
@@ -103,9 +134,9 @@ func (f *Fetcher) bring(ctx context.Context, wants []*want, k *sink) (abort, err
 		}
 		return abort
 	}
-	// What is written nowhere need not be waited for by others, or by this one,
-	// whose chunks come no sooner for it.
-	for round := 0; round < len(f.neighbours.rounds) && f.cache.takes() && ctx.Err() == nil; round++ {
+	// Where nothing comes into the cache there is nothing to wait for, and nothing
+	// that others could wait for.
+	for round := 0; round < len(f.neighbours.rounds) && f.cache.takes() && f.neighbours.usable() && ctx.Err() == nil; round++ {
 		if abort := f.share(ctx, round, wants, k, fetch); abort != nil {
 			return abort, nil
 		}
@@ -144,6 +175,9 @@ func (f *Fetcher) share(ctx context.Context, round int, wants []*want, k *sink, 
 		if pass%claimEvery == 0 {
 			var mine []*want
 			for _, w := range open {
+				if !f.neighbours.usable() {
+					break
+				}
 				if f.neighbours.claim(round, w) {
 					w.bad = w.bad && pass == 0
 					mine = append(mine, w)
@@ -173,7 +207,7 @@ func (f *Fetcher) share(ctx context.Context, round int, wants []*want, k *sink, 
 			patience.progress()
 			pause = leastPoll
 		}
-		if len(open) == 0 || ctx.Err() != nil || patience.over() || time.Now().After(end) {
+		if len(open) == 0 || ctx.Err() != nil || patience.over() || !f.neighbours.usable() || time.Now().After(end) {
 			return nil
 		}
 		sleep(ctx, pause+time.Duration(len(open))*pollChunk)

@@ -29,10 +29,12 @@ type shared struct {
 	held    map[index.ID]int
 	claims  int
 	hostile func(id index.ID) bool // chunks that somebody holds for ever
+	takes   time.Duration          // for each claim
 }
 
 func (c *claimed) Claim(id index.ID) (release func(), ok bool) {
 	s := c.claims
+	time.Sleep(s.takes)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.claims++
@@ -230,6 +232,32 @@ func TestHalfClaimedForEver(t *testing.T) {
 			})
 		}
 		g.Wait()
+	})
+}
+
+// TestSlowClaims: somebody who makes each claim slow costs a few seconds in all.
+func TestSlowClaims(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cache, store := newClaimed(), newMemory("store", good...)
+		cache.claims.takes = 300 * time.Millisecond
+		f := fetcher(t, cache, store)
+		start := time.Now()
+		if order, err := fetchAll(t, f, chunks); err != nil || len(order) != len(chunks) {
+			t.Errorf("got %d chunks, %v", len(order), err)
+		}
+		if took := time.Since(start); took > 4*time.Second || cache.claims.claims > 10 {
+			t.Errorf("got %d claims in %v, want a few in 4 s", cache.claims.claims, took)
+		}
+		time.Sleep(11 * time.Minute)
+		cache.wantReleased(t)
+
+		// After a while it is tried again.
+		cache.claims.takes, cache.claims.claims = 0, 0
+		delete(cache.frames, chunks[0].ID)
+		wantPlain(t, f, t.Context(), 0)
+		if cache.claims.claims == 0 {
+			t.Error("got no claims, want one")
+		}
 	})
 }
 

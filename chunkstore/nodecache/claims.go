@@ -13,7 +13,7 @@ import (
 
 // claimsCheck is how often it is looked whether the lock file is still the one
 // that others lock.
-const claimsCheck = time.Second
+const claimsCheck = 100 * time.Millisecond
 
 // claims are the chunks that this process has claimed. A claim is a lock on one
 // byte of the lock file: nothing is written and nothing need be cleaned up, as
