@@ -122,3 +122,30 @@ func checkSize(c index.Chunk) error {
 	}
 	return nil
 }
+
+// Identify finds out which digest names chunk id, whose stored form is frame, and
+// how many plain bytes it has: for chunks of which no index is at hand. buf may
+// have room to unpack it. The error is a *CorruptError when the bytes are not
+// those that id stands for.
+func Identify(buf, frame []byte, id index.ID) (d index.Digest, size int, err error) {
+	plain := slices.Grow(buf[:0], chunker.MaxSize)[:chunker.MaxSize]
+	n, format, err := unpackForeign(plain, frame)
+	if format == "" {
+		var out []byte
+		out, err = decoder().DecodeAll(frame, plain[:0:chunker.MaxSize])
+		n, format = len(out), "zstd"
+	}
+	for _, d := range []index.Digest{index.SHA256, index.SHA512_256} {
+		if err == nil && n > 0 && d.Sum(plain[:n]) == id {
+			return d, n, nil
+		}
+		if len(frame) <= chunker.MaxSize && d.Sum(frame) == id {
+			return d, len(frame), nil
+		}
+	}
+	got := fmt.Sprintf("%d bytes of another name", n)
+	if err != nil {
+		got = fmt.Sprintf("%d bytes that are no %s frame (%v)", len(frame), format, err)
+	}
+	return 0, 0, &CorruptError{ID: id, Got: got, Want: "those of its name"}
+}

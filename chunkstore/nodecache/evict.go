@@ -23,6 +23,9 @@ const (
 // share of it.
 const reserveSlack = 0.1
 
+// prunePause is how often Prune looks whether another process still evicts.
+const prunePause = 100 * time.Millisecond
+
 // sweepEvery is how often what killed processes have left is looked for.
 const sweepEvery = time.Hour
 
@@ -53,9 +56,19 @@ func (c *Cache) Evict(ctx context.Context) (Eviction, error) {
 
 // Prune removes what was not used for the longest time until the chunks take no
 // more than size bytes and the reserve is free, and all that killed processes
-// have left.
+// have left. Where another process is evicting it waits for that, for a while.
 func (c *Cache) Prune(ctx context.Context, size int64) (Eviction, error) {
-	return c.evict(ctx, func(held int64) int64 { return max(0, held-size, c.lacks()) }, true)
+	for {
+		e, err := c.evict(ctx, func(held int64) int64 { return max(0, held-size, c.lacks()) }, true)
+		if err != nil || !e.Skipped {
+			return e, err
+		}
+		select {
+		case <-time.After(prunePause):
+		case <-ctx.Done():
+			return e, ctx.Err()
+		}
+	}
 }
 
 // lacks returns how many bytes of the disk are to become free again, 0 while the

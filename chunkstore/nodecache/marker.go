@@ -33,12 +33,13 @@ type marker struct {
 
 // VersionError says that a cache is in a format that this package does not know.
 type VersionError struct {
-	Dir    string
-	Reason string // what the marker says
+	Dir     string
+	Version int    // what the marker says; 0 if it cannot be read
+	Reason  string // the same in words
 }
 
 func (e *VersionError) Error() string {
-	return fmt.Sprintf("node cache %s: %s, this version of bootfs knows format %d: the cache is left alone; bootfs-convert cache repair sets it aside",
+	return fmt.Sprintf("node cache %s: %s, this version of bootfs knows format %d: the cache is left alone; bootfs-convert cache repair makes room for a new one",
 		e.Dir, e.Reason, Version)
 }
 
@@ -64,8 +65,11 @@ func (c *Cache) checkMarker() (bool, error) {
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return unknown("its marker %s is not understood (%v)", markerName, err)
 	}
+	if m.Version < 1 {
+		return unknown("its marker %s names no format", markerName)
+	}
 	if m.Version != Version {
-		return unknown("it is in format %d", m.Version)
+		return false, &VersionError{Dir: c.String(), Version: m.Version, Reason: fmt.Sprintf("it is in format %d", m.Version)}
 	}
 	return true, nil
 }

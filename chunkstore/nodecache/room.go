@@ -14,7 +14,7 @@ import (
 
 // How often a writer looks again at what others do to the cache and its disk.
 const (
-	lookEvery  = 5 * time.Second
+	lookEvery  = 2 * time.Second
 	spaceEvery = 100 * time.Millisecond
 	spaceAfter = 1 << 20 // bytes that it has written
 
@@ -156,7 +156,7 @@ func (c *Cache) learn(held int64, now time.Time) {
 		r.writers = min(4*manyWriters, max(1, (held-r.before+r.wrote/2)/r.wrote))
 	}
 	r.held, r.before, r.looked, r.wrote = held, held, now, 0
-	r.step = max(c.limit/256, (c.high()-held)/(4*r.writers))
+	r.step = max(c.limit/256, (c.high()-held)/(8*r.writers))
 }
 
 // settle takes the result of an eviction for what the cache holds.

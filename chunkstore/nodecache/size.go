@@ -18,6 +18,9 @@ var units = []struct {
 	{"B", 1}, {"", 1},
 }
 
+// Unlimited is the size of a cache that may take any.
+const Unlimited int64 = math.MaxInt64
+
 // ParseSize reads a size such as 20GiB, 1.5TB or a plain number of bytes.
 func ParseSize(s string) (int64, error) {
 	for _, u := range units {

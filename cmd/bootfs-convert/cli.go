@@ -142,7 +142,7 @@ func newRoot(s stdio) *cobra.Command {
 		cmd.GroupID = groupImages
 		root.AddCommand(cmd)
 	}
-	for _, cmd := range []*cobra.Command{newMake(c), newGC(c)} {
+	for _, cmd := range []*cobra.Command{newMake(c), newGC(c), newCache(c)} {
 		cmd.GroupID = groupStores
 		root.AddCommand(cmd)
 	}

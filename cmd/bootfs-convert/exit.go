@@ -27,7 +27,7 @@ const (
 const exitHelp = `Exit codes:
   0    done
   1    check: the converted root differs from its source;
-       verify: chunks are missing or damaged
+       verify, cache check: chunks are missing or damaged
   2    the command line cannot be followed
   3    the image, index or file that is to be read cannot be
   4    the destination or the store cannot be written; it is what it was
