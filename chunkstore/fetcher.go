@@ -26,6 +26,14 @@ type FetcherOptions struct {
 	// Stores are asked in order. A store that failed a moment ago is asked after
 	// the others, and in its place again once it has recovered.
 	Stores []Store
+	// HedgeAfter is the least time that a request may bring nothing before a second
+	// one is sent for the same chunks; 0 is DefaultHedgeAfter, and less sends none.
+	HedgeAfter time.Duration
+	// Hold, unless nil, makes a chunk that cannot be had be asked for until ctx
+	// ends, whatever the stores have answered. It is called with false when a chunk
+	// has not come for some seconds, and next with true when all that is waited for
+	// comes again.
+	Hold func(again bool)
 	// Log takes faults, with chunk and place; nil discards them.
 	Log *slog.Logger
 }
@@ -43,11 +51,25 @@ type Fetcher struct {
 
 	slowest slowest
 	waited  atomic.Int64 // nanoseconds
+
+	hedgeAfter time.Duration
+	hedges     hedges
+	hold       *hold // nil: a chunk that cannot be had is an error
+
+	ctx    context.Context // of what no caller waits for
+	cancel context.CancelFunc
 }
 
 // NewFetcher returns a Fetcher. Close it to end its cache writes.
 func NewFetcher(o FetcherOptions) *Fetcher {
-	f := &Fetcher{digest: o.Digest, log: o.Log}
+	f := &Fetcher{digest: o.Digest, log: o.Log, hedgeAfter: o.HedgeAfter}
+	f.ctx, f.cancel = context.WithCancel(context.Background())
+	if f.hedgeAfter == 0 {
+		f.hedgeAfter = DefaultHedgeAfter
+	}
+	if o.Hold != nil {
+		f.hold = &hold{say: o.Hold}
+	}
 	if f.log == nil {
 		f.log = slog.New(slog.DiscardHandler)
 	}
@@ -58,7 +80,7 @@ func NewFetcher(o FetcherOptions) *Fetcher {
 		}
 	}
 	for _, s := range o.Stores {
-		f.stores = append(f.stores, &source{Store: s, place: len(f.stores), log: f.log})
+		f.stores = append(f.stores, &source{Store: s, place: len(f.stores), log: f.log, quiet: o.Hold != nil})
 	}
 	return f
 }
@@ -66,6 +88,7 @@ func NewFetcher(o FetcherOptions) *Fetcher {
 // Close waits a moment for the cache writes that are under way and drops the
 // rest. Reads go on to work, past the cache's writes.
 func (f *Fetcher) Close() error {
+	f.cancel()
 	if f.cache == nil {
 		return nil
 	}
@@ -87,11 +110,11 @@ func (f *Fetcher) Fetch(ctx context.Context, c index.Chunk, dst []byte) ([]byte,
 	w := f.newWant(c, 0)
 	w.bad = !errors.Is(err, ErrNotFound)
 	out := dst
-	_, err = f.bring(ctx, []*want{w}, &sink{
-		base:     dst,
-		emit:     func(_ *want, plain []byte) error { out = plain; return nil },
-		patience: readPatience,
-	})
+	_, err = f.bring(ctx, []*want{w}, newSink(
+		dst,
+		func(_ *want, plain []byte) error { out = plain; return nil },
+		readPatience,
+	))
 	if err != nil {
 		return dst, err
 	}
@@ -134,7 +157,7 @@ func (f *Fetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i
 	if err := f.fetchCached(ctx, wants, emit); err != nil {
 		return err
 	}
-	abort, err := f.bring(ctx, undone(wants), &sink{emit: emit, patience: batchPatience})
+	abort, err := f.bring(ctx, undone(wants), newSink(nil, emit, batchPatience))
 	if abort != nil {
 		return abort
 	}
@@ -255,13 +278,34 @@ func (w *want) retry() (again bool, after time.Duration) {
 	return again, after
 }
 
-// sink takes the frames that stores deliver, one at a time.
+// sink takes the frames that stores deliver, one at a time: who has its turn. Two
+// stores may be at it for the same wants, which belong to who has the turn, too.
 type sink struct {
 	base     []byte // plain bytes are appended to it
 	emit     func(w *want, plain []byte) error
 	patience time.Duration // how long to wait for room in the cache's queue
 	abort    error         // emit's first error
 	began    time.Time     // set by fetch
+
+	turn   chan struct{} // holds one while somebody has it
+	landed chan struct{} // gets one when a want is done
+	held   *holding      // nil unless the Fetcher holds
+}
+
+func newSink(base []byte, emit func(*want, []byte) error, patience time.Duration) *sink {
+	return &sink{base: base, emit: emit, patience: patience, turn: make(chan struct{}, 1), landed: make(chan struct{}, 1)}
+}
+
+func (k *sink) enter() { k.turn <- struct{}{} }
+func (k *sink) leave() { <-k.turn }
+
+func (k *sink) tryEnter() bool {
+	select {
+	case k.turn <- struct{}{}:
+		return true
+	default:
+		return false
+	}
 }
 
 const (
@@ -276,16 +320,22 @@ const (
 // could not be had.
 func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err error) {
 	k.began = time.Now()
+	if len(wants) == 0 {
+		return nil, nil
+	}
+	k.held = f.hold.begin()
+	defer func() { k.held.end(abort == nil && err == nil) }()
 	var failed []error
 	for fruitless := 0; ; fruitless++ { // rounds through the stores since the last chunk
 		before := len(wants)
 		var after time.Duration
-		for _, s := range f.order() {
+		order := f.order(wants[0].chunk)
+		for i := range order {
 			open := undone(wants)
 			if len(open) == 0 || ctx.Err() != nil {
 				break
 			}
-			if f.ask(ctx, s, open, k); k.abort != nil {
+			if f.askInTime(ctx, order[i:], open, k); k.abort != nil {
 				return k.abort, nil
 			}
 		}
@@ -296,6 +346,9 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 		again := false
 		for _, w := range wants {
 			retry, pause := w.retry()
+			if !retry && f.hold != nil {
+				retry, pause = true, longPause
+			}
 			if retry && ctx.Err() == nil {
 				again, after = true, max(after, pause)
 				continue
@@ -355,14 +408,17 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// ask asks s for wants and gives k what it delivers. Each want that s does not
-// deliver gets a failure.
-func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
+// ask asks the attempt's store for wants and gives k what it delivers. Each want
+// that it does not deliver gets a failure.
+func (f *Fetcher) ask(ctx context.Context, a *attempt, wants []*want, k *sink) {
+	s := a.source
 	watched, timer, stop := watch(ctx, s.patience(ctx, len(f.stores)))
 	defer stop()
 	// fail notes err, of one request, for each of ws.
 	fail := func(err error, ws ...*want) {
-		if k.abort != nil {
+		k.enter()
+		defer k.leave()
+		if a.lost || k.abort != nil {
 			return
 		}
 		notFound := errors.Is(err, ErrNotFound)
@@ -375,7 +431,7 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		}
 		for _, w := range ws {
 			// That the caller gave up says less than why the last attempt failed.
-			if ctx.Err() == nil || w.failures[s.place] == nil {
+			if !w.done && (ctx.Err() == nil || w.failures[s.place] == nil) {
 				w.failures[s.place] = f
 			}
 		}
@@ -387,14 +443,24 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		// The time that the caller and the cache take is not the store's.
 		timer.stop()
 		defer timer.start()
-		return f.take(ctx, s, w, frame, k)
+		k.enter()
+		defer k.leave()
+		if a.lost {
+			return errLost
+		}
+		a.waited(time.Now())
+		defer func() { a.last = time.Now() }()
+		return f.take(ctx, a, w, frame, k)
 	}
 
 	b, ok := s.Store.(Batcher)
 	if ok && len(wants) > 1 {
 		rest, err := askBatch(watched, b, wants, take)
+		k.enter()
+		over := a.lost || k.abort != nil
+		k.leave()
 		switch {
-		case k.abort != nil || len(rest) == 0:
+		case over || len(rest) == 0:
 			return
 		case err == nil:
 			err = errors.New("the store ended a batch without delivering all of it")
@@ -414,6 +480,9 @@ func (f *Fetcher) ask(ctx context.Context, s *source, wants []*want, k *sink) {
 		}
 	})
 }
+
+// errLost ends an attempt that another one has outrun.
+var errLost = errors.New("another request was quicker")
 
 // askBatch gives take what b delivers of wants, and returns what it does not.
 func askBatch(ctx context.Context, b Batcher, wants []*want, take func(*want, []byte) error) (rest []*want, err error) {
@@ -470,14 +539,16 @@ const parallelGets = 8
 // buffers keeps buffers for single chunks, stored or plain.
 var buffers = sync.Pool{New: func() any { return new([]byte) }}
 
-// take verifies the stored form of w that came from s and hands it on. Its
-// error is that of k's receiver; a damaged frame is w's failure.
-func (f *Fetcher) take(ctx context.Context, s *source, w *want, frame []byte, k *sink) error {
+// take verifies the stored form of w that attempt a has brought and hands it on.
+// Its error is that of k's receiver; a damaged frame is w's failure. The caller
+// has k's turn.
+func (f *Fetcher) take(ctx context.Context, a *attempt, w *want, frame []byte, k *sink) error {
+	s := a.source
 	if k.abort != nil {
 		return k.abort
 	}
 	if w.done {
-		return nil // a store that delivers twice
+		return nil // a store that delivers twice, or a second one
 	}
 	plain, err := Decode(k.base, frame, f.digest, w.chunk)
 	if err != nil {
@@ -488,6 +559,12 @@ func (f *Fetcher) take(ctx context.Context, s *source, w *want, frame []byte, k 
 		k.base = plain[:0]
 	}
 	w.done = true
+	a.brought++
+	select {
+	case k.landed <- struct{}{}:
+	default:
+	}
+	k.held.progress()
 	s.delivered(len(frame), len(plain)-len(k.base))
 	f.delivered(s, w, k.began)
 	if k.abort = k.emit(w, plain); k.abort != nil {

@@ -583,11 +583,13 @@ func TestStoreHangs(t *testing.T) {
 		for i := range chunks {
 			wantPlain(t, f, within(t, time.Minute), i)
 		}
-		if took := time.Since(start); took > 0 {
-			t.Errorf("next reads: got %v, want them at once", took)
+		if took := time.Since(start); took > 2*time.Second {
+			t.Errorf("next reads: got %v, want one that waits for a moment, and the others at once", took)
 		}
 		a.set(nil)
 		time.Sleep(time.Minute)
+		wantPlain(t, f, within(t, time.Minute), 0) // and a probe
+		synctest.Wait()
 		before := b.gets.Load()
 		for i := range chunks {
 			wantPlain(t, f, within(t, time.Minute), i)
@@ -789,7 +791,14 @@ func TestFetchBatchFaults(t *testing.T) {
 			}
 			return nil
 		}, 15 * time.Second},
-		{"is slow but steady", nil, func(context.Context, int64, int) error { time.Sleep(2 * time.Second); return nil }, 41 * time.Second},
+		{"is slow but steady", nil, func(ctx context.Context, _ int64, _ int) error {
+			select {
+			case <-time.After(2 * time.Second):
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}, 41 * time.Second},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			b := &batching{memory: newMemory("store", good...), onBatch: test.on}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,59 +24,138 @@ type source struct {
 	Store
 	place int // in Fetcher.stores
 	log   *slog.Logger
+	quiet bool // that it fails is said by who holds
 
-	count             counter
-	failures, corrupt atomic.Int64
+	count                     counter
+	failures, corrupt, hedged atomic.Int64
 
 	faults throttle
+	pace   pace
 
-	// mu guards the two times. They only order requests: a store in trouble is
-	// asked after the others. Without that, each read would first wait for the
-	// store that does not answer. When retryAt has come, the one request that
-	// moves it on asks the store in its place, to see whether it has recovered;
-	// the reads beside it do not wait with it.
+	// mu guards what follows. It only orders requests: a store in trouble is
+	// asked after the others, and never left out. Without that, each read would
+	// first wait for the store that does not answer. When probeAt has come and
+	// others still serve, a request that no read waits for looks whether it has
+	// recovered.
 	mu      sync.Mutex
 	trouble time.Time // of the last failure; zero since a delivery
-	retryAt time.Time
-	last    error // guarded by mu, too
+	probeAt time.Time
+	probing bool
+	probes  int // in vain, since the trouble began
+	outruns int // in a row
+	last    error
 	lastAt  time.Time
 }
 
 const (
-	troublePause = 10 * time.Second
+	// firstProbe and lastProbe are the pauses before a store in trouble is
+	// probed, which grow. Each is drawn anew between a half and the whole, as
+	// many containers lose a store in the same moment.
+	firstProbe = 10 * time.Second
+	lastProbe  = 40 * time.Second
+	// probePatience bounds a probe.
+	probePatience = 10 * time.Second
 
 	shortPatience = 5 * time.Second
 	longPatience  = 30 * time.Second
 )
 
-// order returns the stores in the order in which to ask them now.
-func (f *Fetcher) order() []*source {
+// order returns the stores in the order in which to ask them now. c is a chunk
+// that is wanted.
+func (f *Fetcher) order(c index.Chunk) []*source {
 	if len(f.stores) < 2 {
 		return f.stores
 	}
 	var good, troubled []*source
 	for _, s := range f.stores {
-		if s.inTrouble() {
+		if s.isInTrouble() {
 			troubled = append(troubled, s)
 		} else {
 			good = append(good, s)
 		}
 	}
+	if len(good) > 0 {
+		for _, s := range troubled {
+			if s.startProbe() {
+				go f.probe(s, c)
+			}
+		}
+	}
 	return append(good, troubled...)
 }
 
-func (s *source) inTrouble() bool {
+func (s *source) isInTrouble() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return !s.trouble.IsZero()
+}
+
+// startProbe reports whether the caller is to probe the store.
+func (s *source) startProbe() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.trouble.IsZero() || s.probing || time.Now().Before(s.probeAt) {
+		return false
+	}
+	s.probing = true
+	return true
+}
+
+// probe asks a store in trouble for chunk c. That it does not have it is an
+// answer as good as any; a damaged one is not.
+func (f *Fetcher) probe(s *source, c index.Chunk) {
+	ctx, cancel := context.WithTimeout(f.ctx, probePatience)
+	defer cancel()
+	frame, err := s.Get(ctx, c.ID, nil)
+	if err == nil {
+		_, err = Decode(nil, frame, f.digest, c)
+	}
+	if err == nil || errors.Is(err, ErrNotFound) {
+		s.recovered()
+	} else {
+		s.shun()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.probing = false
+}
+
+// shun puts the store behind the others until a probe.
+func (s *source) shun() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.trouble.IsZero() {
-		return false
+		s.probes = 0
+	} else if s.probing {
+		s.probes++
 	}
-	now := time.Now()
-	if now.Before(s.retryAt) {
-		return true
+	pause := min(firstProbe<<min(s.probes, 10), lastProbe)
+	s.trouble = time.Now()
+	s.probeAt = s.trouble.Add(pause/2 + rand.N(pause/2))
+}
+
+// recovered ends the store's trouble.
+func (s *source) recovered() {
+	s.mu.Lock()
+	was := !s.trouble.IsZero()
+	s.trouble, s.outruns = time.Time{}, 0
+	s.mu.Unlock()
+	if was {
+		s.log.Info("store answers again", "store", s.String())
 	}
-	s.retryAt = now.Add(troublePause)
-	return false
+}
+
+// wasOutrun notes that a second request, to another store, has brought what this
+// one did not begin to bring in time d.
+func (s *source) wasOutrun(d time.Duration) {
+	s.mu.Lock()
+	s.outruns++
+	limit := s.outruns >= outrunLimit
+	s.mu.Unlock()
+	if limit {
+		s.log.Info("store is slow, others are asked before it", "store", s.String(), "waited", d)
+		s.shun()
+	}
 }
 
 // lacked notes why the store did not deliver a chunk.
@@ -96,28 +176,27 @@ func (s *source) condition() (last error, at, trouble time.Time) {
 // failed notes that the store could not be asked.
 func (s *source) failed(err error) {
 	s.failures.Add(1)
-	now := time.Now()
-	s.mu.Lock()
-	s.trouble, s.retryAt = now, now.Add(troublePause)
-	s.mu.Unlock()
-	if n, ok := s.faults.allow(now); ok {
+	s.shun()
+	if n, ok := s.faults.allow(time.Now()); ok {
 		if e := (*Error)(nil); !errors.As(err, &e) { // which names the store
 			err = fmt.Errorf("%s: %w", s, err)
 		}
-		s.log.Warn("store fails", "error", err, "failures", n)
+		s.log.Log(context.Background(), s.level(slog.LevelWarn), "store fails", "error", err, "failures", n)
 	}
+}
+
+// level is that of a message that would have level l if nobody held.
+func (s *source) level(l slog.Level) slog.Level {
+	if s.quiet {
+		return slog.LevelInfo
+	}
+	return l
 }
 
 // delivered notes a good chunk.
 func (s *source) delivered(stored, plain int) {
 	s.count.add(stored, plain)
-	s.mu.Lock()
-	recovered := !s.trouble.IsZero()
-	s.trouble = time.Time{}
-	s.mu.Unlock()
-	if recovered {
-		s.log.Info("store answers again", "store", s.String())
-	}
+	s.recovered()
 }
 
 // corrupted notes a damaged chunk and returns err with its place.
@@ -131,7 +210,7 @@ func (s *source) corrupted(id index.ID, err error) error {
 		corrupt.Where = where
 	}
 	s.corrupt.Add(1)
-	s.log.Error("store returns a corrupt chunk", "store", s.String(), "chunk", id.String(), "error", err)
+	s.log.Log(context.Background(), s.level(slog.LevelError), "store returns a corrupt chunk", "store", s.String(), "chunk", id.String(), "error", err)
 	f := &failure{s.String(), err}
 	s.lacked(f)
 	return f

@@ -21,6 +21,7 @@ type StoreStats struct {
 	Count           // delivered and good
 	Failures int64  // requests that failed, ErrNotFound apart
 	Corrupt  int64  // chunks that came damaged
+	Hedges   int64  // chunks asked for here a second time, as a request for them was slow
 	// LastError is why a chunk could not be had the last time, nil if all could.
 	LastError error
 	LastAt    time.Time // of LastError
@@ -61,7 +62,7 @@ func (f *Fetcher) Stats() Stats {
 		st.Cache = f.cache.stats()
 	}
 	for _, s := range f.stores {
-		one := StoreStats{Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load()}
+		one := StoreStats{Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load(), Hedges: s.hedged.Load()}
 		one.LastError, one.LastAt, one.Trouble = s.condition()
 		st.Stores = append(st.Stores, one)
 	}

@@ -45,7 +45,7 @@ type rootFS struct {
 	image        Image
 	place        string // "" for none
 	xattrClasses []string
-	timeout      time.Duration // of one request
+	timeout      time.Duration // of one request; less than 0 is none
 	interrupts   *interrupts
 	log          *failureLog
 }
@@ -58,9 +58,18 @@ func newRootFS(ctx context.Context, meta *erofs.Reader, o *Options) *rootFS {
 		image:         o.Image,
 		place:         o.Place,
 		xattrClasses:  o.XattrClasses,
-		timeout:       o.ReadTimeout / attempts,
+		timeout:       requestTimeout(o.ReadTimeout),
 		log:           &failureLog{log: o.Log, meta: meta},
 	}
+}
+
+// requestTimeout is the part of a read's time that one request has, for the kernel
+// asks anew; less than 0 is for ever.
+func requestTimeout(read time.Duration) time.Duration {
+	if read < 0 {
+		return -1
+	}
+	return read / attempts
 }
 
 func (fs *rootFS) String() string { return "bootfs" }
@@ -217,7 +226,7 @@ func (fs *rootFS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fus
 	off := int64(in.Offset)
 	buf = buf[:min(int64(len(buf)), n.Size-off)]
 
-	ctx, stop := context.WithTimeout(fs.ctx, fs.timeout)
+	ctx, stop := fs.readContext()
 	defer stop()
 	tid := in.Pid // in is reused when Read has returned
 	go func() {
@@ -233,6 +242,14 @@ func (fs *rootFS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fus
 		return nil, fuse.EIO
 	}
 	return fuse.ReadResultData(buf), fuse.OK
+}
+
+// readContext is the context of one request to read.
+func (fs *rootFS) readContext() (context.Context, context.CancelFunc) {
+	if fs.timeout < 0 {
+		return context.WithCancel(fs.ctx)
+	}
+	return context.WithTimeout(fs.ctx, fs.timeout)
 }
 
 // interrupted waits until ctx ends or the read of thread tid is to be given up,

@@ -70,7 +70,8 @@ type Options struct {
 	XattrClasses []string
 
 	// ReadTimeout bounds how long a read waits for its bytes; 0 is
-	// DefaultReadTimeout.
+	// DefaultReadTimeout, and less than 0 is no bound: a read then ends when it
+	// has its bytes, is interrupted, or the mount is closed.
 	ReadTimeout time.Duration
 	// ReadAhead is how far the kernel reads ahead, in bytes, at most 1 MiB; 0
 	// leaves its default of 128 KiB. A page fault reads as much around it, so

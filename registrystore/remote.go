@@ -220,6 +220,9 @@ func (r *remoteBlobs) Range(ctx context.Context, digest string, off, n int64) (i
 	if r.absent.has(digest) {
 		return nil, q.fail(errAbsent())
 	}
+	if chunkstore.IsFresh(ctx) {
+		r.hangUp()
+	}
 	q.ctx, q.cancel = context.WithCancelCause(ctx)
 	q.watch = httpio.NewWatch(r.stall, q.cancel)
 	if err := q.open(); err != nil {

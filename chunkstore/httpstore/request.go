@@ -26,6 +26,9 @@ type request struct {
 // begin waits for a turn, which the request's end ends.
 func (s *Store) begin(ctx context.Context, did string, id index.ID, limit time.Duration) (*request, error) {
 	q := &request{store: s, did: did + " chunk " + id.String(), id: id}
+	if chunkstore.IsFresh(ctx) {
+		s.hangUp()
+	}
 	var err error
 	if q.ctx, q.watch, q.end, err = s.slots.Acquire(ctx, limit); err != nil {
 		return nil, q.fail(err)

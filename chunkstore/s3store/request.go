@@ -63,6 +63,9 @@ func (q *request) try(a ask) (*http.Response, used, error) {
 	q.watch.Begin()
 	defer q.watch.Stop()
 	s := q.store
+	if chunkstore.IsFresh(q.ctx) {
+		s.hangUp()
+	}
 	keys, err := s.keys.current(q.ctx)
 	u := used{s.place.Load(), keys}
 	if err != nil {

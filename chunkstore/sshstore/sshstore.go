@@ -9,7 +9,7 @@
 //
 // All requests of a [Store] share one connection and do not wait for one
 // another. It is made when it is needed, watched while it is used, given up
-// when it is idle, and made anew when it was lost. A server whose host key is
+// when it is idle, and made anew when it was lost or a request gets no answer. A server whose host key is
 // neither pinned nor known is refused. No credential stands in an error or in
 // [Store.String].
 package sshstore
@@ -82,8 +82,9 @@ type Store struct {
 	ctx     context.Context
 	close   context.CancelFunc
 
-	mu   sync.Mutex     // guards conn
-	conn *future[*conn] // the last one that was asked for; nil: none
+	mu    sync.Mutex     // guards the two
+	conn  *future[*conn] // the last one that was asked for; nil: none
+	spare *future[*conn] // one that is asked for while that may hang; nil: none
 }
 
 // New returns the store at address. It reads what o names, and does not
@@ -315,6 +316,10 @@ func do[T any](ctx context.Context, s *Store, op func(*conn) (T, error)) (T, err
 
 // connect returns the connection. fresh says that it did not stand before.
 func (s *Store) connect(ctx context.Context) (c *conn, fresh bool, err error) {
+	if chunkstore.IsFresh(ctx) {
+		c, err := s.connectAnew(ctx)
+		return c, true, err
+	}
 	s.mu.Lock()
 	f := s.conn
 	if f == nil || f.finished() && (f.err != nil || f.value.ended()) {
@@ -325,6 +330,25 @@ func (s *Store) connect(ctx context.Context) (c *conn, fresh bool, err error) {
 	fresh = !f.finished()
 	c, err = f.wait(ctx)
 	return c, fresh, err
+}
+
+// connectAnew returns a new connection, which then serves all. The former ends
+// when what it is used for has ended, or when it is found dead.
+func (s *Store) connectAnew(ctx context.Context) (*conn, error) {
+	s.mu.Lock()
+	f := s.spare
+	if f == nil || f.finished() {
+		f = begin(func() (*conn, error) { return dial(s) })
+		s.spare = f
+	}
+	s.mu.Unlock()
+	c, err := f.wait(ctx)
+	if err == nil {
+		s.mu.Lock()
+		s.conn = f
+		s.mu.Unlock()
+	}
+	return c, err
 }
 
 // frame is the stored form of a chunk, and its part of the budget.

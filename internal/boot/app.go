@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -84,7 +86,7 @@ func startApp(c *caller, masks []mask, keepSysAdmin bool, score int, signals cha
 	reportWrite.Close()
 	_, err = orderWrite.Write(order)
 	orderWrite.Close()
-	report, reportErr := io.ReadAll(reportRead)
+	report, reportErr := awaitExec(pid, reportRead, signals)
 	if len(report) > 0 {
 		var r appReport
 		if err := json.Unmarshal(report, &r); err != nil {
@@ -102,6 +104,48 @@ func startApp(c *caller, masks []mask, keepSysAdmin bool, score int, signals cha
 		return 0, fmt.Errorf("start the app: %w", err)
 	}
 	return pid, nil
+}
+
+// waitsForChunks is after which time a program that does not run yet is one whose
+// chunks are waited for.
+const waitsForChunks = 2 * time.Second
+
+// awaitExec returns what the process that becomes the app reports: nothing when it
+// is the app. A signal that stops containers ends one that waits for its chunks;
+// the app gets all others.
+func awaitExec(pid int, report io.Reader, signals chan os.Signal) ([]byte, error) {
+	type result struct {
+		report []byte
+		err    error
+	}
+	done := make(chan result, 1)
+	go func() {
+		b, err := io.ReadAll(report)
+		done <- result{b, err}
+	}()
+	var early []os.Signal
+	waits := false
+	late := time.After(waitsForChunks)
+	for {
+		select {
+		case r := <-done:
+			for _, s := range early {
+				select {
+				case signals <- s:
+				default:
+				}
+			}
+			return r.report, r.err
+		case s := <-signals:
+			early = append(early, s)
+		case <-late:
+			waits = true
+		}
+		if i := slices.IndexFunc(early, func(s os.Signal) bool { return endsFill(s.(unix.Signal)) }); waits && i >= 0 {
+			_ = unix.Kill(pid, unix.SIGKILL)
+			return nil, &exitError{status: 128 + int(early[i].(unix.Signal)), err: errSaid}
+		}
+	}
 }
 
 // passTerminal arranges that the app has the container's terminal as boot has

@@ -194,6 +194,10 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 		if e := (*noChunksError)(nil); errors.As(err, &e) {
 			e.why = content.noChunks()
 		}
+		if errors.Is(err, errSaid) {
+			prefetch.stop()
+			content.close()
+		}
 		return 0, err
 	}
 	content.started()

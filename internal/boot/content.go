@@ -48,16 +48,21 @@ type content struct {
 	memory       memory
 	cacheSize    *int64 // bytes, 0: any; nil: what is usual
 	cacheReserve nodecache.Reserve
-	sharedCache  bool       // the cache outlives the container
-	s3Variables  bool       // the variables with credentials for S3 are boot's, not the app's
-	offline      *noNetwork // stands for the stores that are reached over a network; nil if they may be
+	sharedCache  bool          // the cache outlives the container
+	s3Variables  bool          // the variables with credentials for S3 are boot's, not the app's
+	offline      *noNetwork    // stands for the stores that are reached over a network; nil if they may be
+	hold         bool          // chunks are waited for, however long
+	readTimeout  time.Duration // of a read that is not held; 0 is the default
 	log          *logger
 	faults       *logger // of the way to the chunks; kept until the start has succeeded
 	started      func()  // lets them be said
 }
 
 func openContent(config *bootimage.Config, s *settings, out *console) (*content, error) {
-	c := &content{config: config, memory: ownMemory(), cacheSize: s.cacheSize, cacheReserve: s.cacheReserve, log: out.log}
+	c := &content{
+		config: config, memory: ownMemory(), cacheSize: s.cacheSize, cacheReserve: s.cacheReserve,
+		hold: s.hold && !s.offline, readTimeout: s.readTimeout, log: out.log,
+	}
 	c.faults, c.started = out.keeping()
 	rawIndex, err := mapFile(bootimage.IndexPath)
 	if err != nil {
@@ -94,8 +99,33 @@ func (c *content) openFetcher(ownCache bool) {
 	if cache != nil {
 		o.Cache = cache
 	}
+	if c.hold {
+		o.Hold = c.sayHold
+	}
 	c.fetcher = chunkstore.NewFetcher(o)
-	c.image = lazy.New(c.index, c.fetcher, lazy.Options{Memory: c.memory.chunks()})
+	c.image = lazy.New(c.index, c.fetcher, lazy.Options{Memory: c.memory.chunks(), Patient: c.hold})
+}
+
+// sayHold says that reads wait for chunks, or that they go on.
+func (c *content) sayHold(again bool) {
+	if again {
+		c.log.Warn("the chunks come again, reads go on")
+		return
+	}
+	why := lastErrors(c.fetcher.Stats())
+	if why == nil {
+		why = errors.New("no store answers")
+	}
+	c.log.Warn("reads wait until the chunks can be had (BOOTFS_ON_FAILURE=hold): " + why.Error())
+}
+
+// patience is how long a read of the mounted root may take; less than 0 is for
+// ever.
+func (c *content) patience() time.Duration {
+	if c.hold {
+		return -1
+	}
+	return c.readTimeout
 }
 
 func readConfig(path string) (*bootimage.Config, error) {
@@ -257,6 +287,7 @@ func (c *content) serve(dir string) error {
 		Meta:         c.meta,
 		Image:        c.image,
 		XattrClasses: c.config.XattrClasses,
+		ReadTimeout:  c.patience(),
 		Log:          c.faults,
 		Name:         "bootfs",
 	})
@@ -289,6 +320,9 @@ const cutOffAfter = 5 * time.Second
 func (c *content) warnIfCutOff() {
 	if c.offline != nil {
 		return // and each chunk that is missing says so at once
+	}
+	if c.hold {
+		return // which is said by sayHold
 	}
 	if warning := cutOff(c.fetcher.Stats(), resolvers("/etc/resolv.conf")); warning != "" {
 		c.log.Warn(warning)

@@ -108,6 +108,7 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 		Order:    c.packOrder(),
 		State:    bootimage.FillDir,
 		Last:     isLink(),
+		Patience: c.patience(),
 		Progress: meter.set,
 		Log:      c.faults,
 	})

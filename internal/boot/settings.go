@@ -3,6 +3,7 @@ package boot
 import (
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
 	"github.com/container-bootfs/bootfs/internal/stores"
@@ -18,6 +19,10 @@ const (
 	prefetchAll                       // the whole image
 )
 
+// minReadTimeout is the least that BOOTFS_READ_TIMEOUT can be: the kernel asks
+// three times, and each time a store must have the time to answer.
+const minReadTimeout = 3 * time.Second
+
 // settings are what the container's environment asks of boot.
 type settings struct {
 	stores       []string // BLOB_STORE: tried before the image's own
@@ -25,6 +30,8 @@ type settings struct {
 	insecure     []string // BOOTFS_INSECURE: hosts without TLS or a valid certificate
 	mode         mode     // BOOTFS_MODE
 	prefetch     prefetchMode
+	hold         bool              // BOOTFS_ON_FAILURE: reads wait for as long as a store fails
+	readTimeout  time.Duration     // BOOTFS_READ_TIMEOUT; 0 is the default
 	cacheSize    *int64            // BOOTFS_CACHE_SIZE: bytes that the cache may take, 0: any; nil: not set
 	cacheReserve nodecache.Reserve // BOOTFS_CACHE_RESERVE: what it leaves free
 	offline      bool              // BOOTFS_OFFLINE: no store is reached over a network
@@ -84,6 +91,20 @@ func readSettings(env []string) (*settings, error) {
 				return nil, fmt.Errorf("BOOTFS_OFFLINE=%q: want 1, or 0", value)
 			}
 			s.offline = offline
+		case "BOOTFS_ON_FAILURE":
+			if value != "" && value != "error" && value != "hold" {
+				return nil, fmt.Errorf("BOOTFS_ON_FAILURE=%q: want error or hold", value)
+			}
+			s.hold = value == "hold"
+		case "BOOTFS_READ_TIMEOUT":
+			if value == "" {
+				continue
+			}
+			d, err := time.ParseDuration(value)
+			if err != nil || d < minReadTimeout {
+				return nil, fmt.Errorf("BOOTFS_READ_TIMEOUT=%q: want a time of %v or more, such as 60s or 2m", value, minReadTimeout)
+			}
+			s.readTimeout = d
 		case "BOOTFS_KEEP_SYS_ADMIN":
 			s.keepSysAdmin = value == "1"
 		case "DROPBEAR_PASSWORD":

@@ -311,7 +311,7 @@ func (c *content) initVolume(ctx context.Context, v volume, out *console) error 
 	report, err := fill.Root(ctx, byDescriptor(tree), fill.Options{
 		Meta: c.meta, Index: c.index, Fetcher: c.fetcher, Order: c.packOrder(),
 		Under: v.under, State: path.Join(byDescriptor(mark), volumeState),
-		Progress: meter.set, Log: c.log,
+		Patience: c.patience(), Progress: meter.set, Log: c.log,
 	})
 	if err != nil {
 		if inner := errors.Unwrap(err); inner != nil {

@@ -19,9 +19,15 @@ import (
 	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
-// TestFaultsInContainers takes some rows of docs/failure.md through the engine:
-// what a user sees of a fault during the start, and in a container that runs.
-func TestFaultsInContainers(t *testing.T) {
+// faulty is a small converted image in a registry behind a proxy.
+type faulty struct {
+	proxy *faultproxy.Proxy
+	image string
+	data  []byte // of the file /data, which no start reads
+}
+
+func newFaulty(t *testing.T, repository string) *faulty {
+	t.Helper()
 	cache, err := testenv.OpenCache()
 	if err != nil {
 		t.Fatal(err)
@@ -35,20 +41,27 @@ func TestFaultsInContainers(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(proxy.Close)
-	source := w.registry.Address + "/faulty:source"
+	source := w.registry.Address + "/" + repository + ":source"
 	if err := testenv.Push(t.Context(), layout, source); err != nil {
 		t.Fatal(err)
 	}
-	data := make([]byte, 300<<10)
-	rand.NewChaCha8([32]byte{1}).Read(data)
-	addFile(t, source, "data", data) // which no start reads
-	image := proxy.Addr() + "/faulty:converted"
-	if out, err := w.command("--boot", w.boot, source, image).CombinedOutput(); err != nil {
+	f := &faulty{proxy: proxy, image: proxy.Addr() + "/" + repository + ":converted", data: make([]byte, 300<<10)}
+	rand.NewChaCha8([32]byte{1}).Read(f.data)
+	addFile(t, source, "data", f.data)
+	if out, err := w.command("--boot", w.boot, source, f.image).CombinedOutput(); err != nil {
 		t.Fatalf("convert: %v\n%s", err, out)
 	}
-	if r := docker(t, "pull", "--quiet", image); r.code != 0 {
+	if r := docker(t, "pull", "--quiet", f.image); r.code != 0 {
 		t.Fatal(r.stderr)
 	}
+	return f
+}
+
+// TestFaultsInContainers takes some rows of docs/failure.md through the engine:
+// what a user sees of a fault during the start, and in a container that runs.
+func TestFaultsInContainers(t *testing.T) {
+	f := newFaulty(t, "faulty")
+	proxy, image, data := f.proxy, f.image, f.data
 	lost := []struct {
 		name  string
 		fault faultproxy.Fault

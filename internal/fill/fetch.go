@@ -199,9 +199,15 @@ type watch struct {
 	writing int
 }
 
+// forEver is longer than any container waits.
+const forEver = 1<<63 - 1
+
 func (f *filler) watch(ctx context.Context) (context.Context, *watch) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	w := &watch{patience: f.o.Patience, cancel: cancel}
+	if w.patience < 0 {
+		w.patience = forEver
+	}
 	w.timer = time.AfterFunc(w.patience, func() {
 		cancel(fmt.Errorf("no chunk has arrived for %v: %w", w.patience, context.DeadlineExceeded))
 	})

@@ -56,7 +56,8 @@ type Options struct {
 	// place at the end. nil stands for none.
 	Last func(path string) bool
 
-	// Patience is how long no chunk may arrive; 0 is DefaultPatience.
+	// Patience is how long no chunk may arrive; 0 is DefaultPatience, and less than
+	// 0 is for ever.
 	Patience time.Duration
 
 	// Progress is told how many bytes of files are in place, and of how many. It

@@ -44,12 +44,16 @@ type Fetcher interface {
 // Options of New. The zero value is good.
 type Options struct {
 	Memory int // bytes of decoded chunks kept in memory; 0 is DefaultMemory
+	// Patient says that the fetcher knows no failure: it is left to try for as
+	// long as somebody waits who has no deadline.
+	Patient bool
 }
 
 // Image is a root image. It is safe for concurrent use.
 type Image struct {
-	x *index.Index
-	f Fetcher
+	x       *index.Index
+	f       Fetcher
+	patient bool
 
 	mu      sync.Mutex // guards what follows, and the fields of flight and group that say so
 	recent  recent
@@ -86,7 +90,7 @@ func (f *flight) landed() bool {
 type group struct {
 	flights  []*flight
 	cancel   context.CancelFunc
-	deadline time.Time // of the fetch
+	deadline time.Time // of the fetch, if it has one
 	waiting  int       // flights of it that somebody waits for, once for each; guarded by Image.mu
 }
 
@@ -98,6 +102,7 @@ func New(x *index.Index, f Fetcher, o Options) *Image {
 	return &Image{
 		x:       x,
 		f:       f,
+		patient: o.Patient,
 		recent:  recent{limit: o.Memory, byID: make(map[index.ID]*list.Element)},
 		flights: make(map[index.ID]*flight),
 	}
@@ -233,6 +238,10 @@ func (m *Image) start(ctx context.Context, g *group) {
 	g.deadline = time.Now().Add(flightTime)
 	if d, ok := ctx.Deadline(); ok {
 		g.deadline = d
+	} else if m.patient {
+		ctx, g.cancel = context.WithCancel(context.Background())
+		go m.fetch(ctx, g)
+		return
 	}
 	ctx, g.cancel = context.WithDeadline(context.Background(), g.deadline)
 	go m.fetch(ctx, g)
