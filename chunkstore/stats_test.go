@@ -18,7 +18,7 @@ func TestStatsOfStores(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		first, second := newMemory("first", good...), newMemory("second", good...)
 		var log strings.Builder
-		f := NewFetcher(FetcherOptions{Stores: []Store{first, second}, Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+		f := NewFetcher(FetcherOptions{Stores: []Store{first, second}, HedgeAfter: -1, Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 		second.set(func(context.Context, int64) error { time.Sleep(3 * time.Second); return nil })
 		began := time.Now()
 		wantPlain(t, f, t.Context(), 0)
@@ -42,7 +42,8 @@ func TestStatsOfStores(t *testing.T) {
 		}
 		first.set(nil)
 		time.Sleep(time.Minute)
-		wantPlain(t, f, t.Context(), 2)
+		wantPlain(t, f, t.Context(), 2) // and a probe
+		synctest.Wait()
 		st = f.Stats()
 		if s := st.Stores[0]; !s.Trouble.IsZero() || !errors.Is(s.LastError, errFault) {
 			t.Errorf("a store that has recovered: %+v", s)
