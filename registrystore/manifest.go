@@ -15,6 +15,9 @@ import (
 const (
 	// MediaTypePack is a pack: zstd frames behind one another.
 	MediaTypePack types.MediaType = "application/vnd.bootfs.pack.v1+zstd"
+	// MediaTypeLocators is the file of locators of a boot image that has none
+	// itself, beside its packs.
+	MediaTypeLocators types.MediaType = "application/vnd.bootfs.locators.v1"
 	// ArtifactTypeData marks the manifest that lists packs.
 	ArtifactTypeData = "application/vnd.bootfs.data.v1"
 
@@ -31,7 +34,24 @@ func DataPlatform() *v1.Platform {
 // DataManifest returns the manifest that lists packs as its layers. It is an
 // image only for the programs that copy it: its configuration is empty. Packs
 // without Open must be at the destination when it is written there.
-func DataManifest(packs []Pack) (v1.Image, error) {
+func DataManifest(packs []Pack) (v1.Image, error) { return dataManifest(packs, nil) }
+
+// LocatedManifest is the DataManifest of an image that was converted to a loose
+// store: its boot image does not know these packs, so that the manifest lists the
+// file of their locators behind them.
+func LocatedManifest(packs []Pack, locators []byte) (v1.Image, error) {
+	h, n, err := v1.SHA256(bytes.NewReader(locators))
+	if err != nil {
+		return nil, err
+	}
+	return dataManifest(packs, &packLayer{digest: h, mediaType: MediaTypeLocators, pack: Pack{
+		PackDescriptor: PackDescriptor{Digest: h.String(), Size: n},
+		Open:           func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(locators)), nil },
+	}})
+}
+
+// dataManifest lists packs and then, if it is not nil, last.
+func dataManifest(packs []Pack, last *packLayer) (v1.Image, error) {
 	empty := []byte("{}")
 	sum, _, err := v1.SHA256(bytes.NewReader(empty))
 	if err != nil {
@@ -55,6 +75,10 @@ func DataManifest(packs []Pack) (v1.Image, error) {
 			img.layers = append(img.layers, layer)
 			img.manifest.Layers = append(img.manifest.Layers, v1.Descriptor{MediaType: MediaTypePack, Size: p.Size, Digest: d})
 		}
+	}
+	if last != nil {
+		img.layers = append(img.layers, *last)
+		img.manifest.Layers = append(img.manifest.Layers, v1.Descriptor{MediaType: last.mediaType, Size: last.pack.Size, Digest: last.digest})
 	}
 	if img.raw, err = json.Marshal(img.manifest); err != nil {
 		return nil, err
@@ -100,18 +124,19 @@ func (p Pack) Layer() (v1.Layer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("pack: %w", err)
 	}
-	return packLayer{pack: p, digest: digest}, nil
+	return packLayer{pack: p, digest: digest, mediaType: MediaTypePack}, nil
 }
 
 type packLayer struct {
-	pack   Pack
-	digest v1.Hash
+	pack      Pack
+	digest    v1.Hash
+	mediaType types.MediaType
 }
 
 func (l packLayer) Digest() (v1.Hash, error)             { return l.digest, nil }
 func (l packLayer) DiffID() (v1.Hash, error)             { return l.digest, nil }
 func (l packLayer) Size() (int64, error)                 { return l.pack.Size, nil }
-func (l packLayer) MediaType() (types.MediaType, error)  { return MediaTypePack, nil }
+func (l packLayer) MediaType() (types.MediaType, error)  { return l.mediaType, nil }
 func (l packLayer) Uncompressed() (io.ReadCloser, error) { return l.Compressed() }
 
 // Compressed opens the pack. Writers of layouts open a layer before they look

@@ -48,6 +48,8 @@ type Pack struct {
 	// "registry://HOST/REPOSITORY"; "" when no such place is known. A
 	// destination in the same registry can take it from there unread.
 	From string
+	// Number is the place in the list of packs, set by a PackWriter.
+	Number int
 }
 
 // Location says where the stored form of a chunk lies.
@@ -156,7 +158,7 @@ func (w *PackWriter) end() error {
 		Digest: "sha256:" + hex.EncodeToString(c.sum.Sum(nil)),
 		Size:   c.size,
 		Start:  c.start,
-	}}
+	}, Number: len(w.packs)}
 	p.Open = func() (io.ReadCloser, error) {
 		return io.NopCloser(io.NewSectionReader(c.file, 0, c.size)), nil
 	}

@@ -204,29 +204,24 @@ func (f *copyFlags) edition(ctx context.Context, from *converted.Opened, stored 
 // addPacks adds the packs of img that the image's own index does not list: they
 // lie in a repository of their own.
 func (f *copyFlags) addPacks(ctx context.Context, e *transport.Edition, img *converted.Image, stored transport.Stored, listed map[string]bool) error {
-	var packs []registrystore.Pack
 	elsewhere := false
 	for n := range img.Locators.Packs() {
 		p, err := img.Locators.Pack(n)
 		if err != nil {
 			return err
 		}
-		packs = append(packs, registrystore.Pack{PackDescriptor: p})
 		elsewhere = elsewhere || !listed[p.Digest]
 	}
 	if !elsewhere {
 		return nil
 	}
-	blobs, address, err := f.packsOf(ctx, img, stored, packs[0])
+	packs, err := f.packsFrom(ctx, img, stored)
 	if err != nil {
 		return err
 	}
-	for i := range packs {
-		p := &packs[i]
-		p.From = address
-		p.Open = func() (io.ReadCloser, error) { return transport.OpenBlob(ctx, blobs, p.Digest, p.Size) }
+	for _, p := range packs {
 		if !slices.ContainsFunc(e.Packs, func(have registrystore.Pack) bool { return have.Digest == p.Digest }) {
-			e.Packs = append(e.Packs, *p)
+			e.Packs = append(e.Packs, p)
 		}
 	}
 	data, err := registrystore.DataManifest(packs)
@@ -235,35 +230,6 @@ func (f *copyFlags) addPacks(ctx context.Context, e *transport.Edition, img *con
 	}
 	e.Data = append(e.Data, transport.PlatformImage{Platform: *registrystore.DataPlatform(), Boot: data})
 	return nil
-}
-
-// packsOf finds where the packs of img lie: the first place that has one.
-func (f *copyFlags) packsOf(ctx context.Context, img *converted.Image, stored transport.Stored, one registrystore.Pack) (registrystore.Blobs, string, error) {
-	list := f.stores
-	if len(list) == 0 {
-		list = stores.Split(f.getenv(envBlobStore))
-	}
-	var reasons []error
-	try := func(b registrystore.Blobs, err error) bool {
-		if err == nil {
-			_, err = registrystore.ReadRange(ctx, b, one.Digest, 0, 1, nil)
-		}
-		reasons = append(reasons, err)
-		return err == nil
-	}
-	for _, address := range append(list, img.Config.Stores...) {
-		if !strings.HasPrefix(address, "registry") {
-			continue
-		}
-		b, err := stores.Packs(address, f.access())
-		if try(b, err) {
-			return b, address, nil
-		}
-	}
-	if b, err := stored.Blobs(); try(b, err) {
-		return b, stored.StoreAddress(), nil
-	}
-	return nil, "", fmt.Errorf("the packs of %s are not to be found, name their store with --store: %w", img.Platform, errors.Join(reasons...))
 }
 
 // rewriteStore makes address the recorded one in every platform of an image.

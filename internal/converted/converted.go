@@ -65,7 +65,8 @@ type Image struct {
 	Meta      []byte                  // front region of the root image
 
 	options Options
-	beside  registrystore.Blobs // packs beside the image; nil if its place holds none
+	beside  registrystore.Blobs     // packs beside the image; nil if its place holds none
+	located *registrystore.Locators // of those packs: Locators, or what lies beside an image that has none; may be nil
 	source  transport.Source
 }
 
@@ -89,6 +90,12 @@ func Open(ctx context.Context, r transport.Ref, o Options) (*Opened, error) {
 		if img.beside, err = src.Blobs(); err != nil {
 			src.Close()
 			return nil, fmt.Errorf("%s: %w", r, err)
+		}
+		if img.located = img.Locators; img.located == nil {
+			if img.located, err = locatorsBeside(ctx, src, img); err != nil {
+				src.Close()
+				return nil, fmt.Errorf("%s: %s: %w", r, from.Platform, err)
+			}
 		}
 		out.Images = append(out.Images, img)
 	}
@@ -118,11 +125,15 @@ func open(ctx context.Context, from transport.Image) (*Image, error) {
 	return img, nil
 }
 
+// Located says where the chunks lie in packs: Locators, or what lies beside a
+// boot image that has none; nil if they are in loose stores only.
+func (i *Image) Located() *registrystore.Locators { return i.located }
+
 // Stores are the stores of the image's chunks, in the order in which they are
 // asked: those of Options, the packs beside the image, those that the image
 // names. One that cannot be opened is passed over; why is in the log.
 func (i *Image) Stores() ([]chunkstore.Store, error) {
-	from := stores.Source{Index: i.Index, Locators: i.Locators, Access: i.options.Access}
+	from := stores.Source{Index: i.Index, Locators: i.located, Access: i.options.Access}
 	// An image names servers and their keys, and may have been made to collect
 	// passwords: they go to servers that the user knows.
 	if from.SSH.Password == "" {
@@ -150,11 +161,11 @@ func (i *Image) Stores() ([]chunkstore.Store, error) {
 	}
 	others := !i.options.Only || len(i.options.Stores) == 0
 	switch address := i.source.StoreAddress(); {
-	case !others || i.Locators == nil:
+	case !others || i.located == nil:
 	case address != "":
 		add(address)
 	case i.beside != nil:
-		out = append(out, registrystore.NewStore(i.beside, i.Locators, i.Index))
+		out = append(out, registrystore.NewStore(i.beside, i.located, i.Index))
 	}
 	if others {
 		for _, a := range i.Config.Stores {

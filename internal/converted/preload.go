@@ -20,7 +20,7 @@ import (
 // does anything; an error that wraps errors.ErrUnsupported says that the image
 // does not know them.
 func (i *Image) Chunks(start bool) ([]index.Chunk, error) {
-	all, err := Distinct(i.Index, i.Locators)
+	all, err := Distinct(i.Index, i.located)
 	if err != nil || !start {
 		return all, err
 	}
@@ -41,15 +41,15 @@ func (i *Image) Chunks(start bool) ([]index.Chunk, error) {
 // StoredBytes is how many bytes the stored form of cs has. It is not known
 // where they lie in loose stores.
 func (i *Image) StoredBytes(cs []index.Chunk) (n int64, known bool) {
-	if i.Locators == nil {
+	if i.located == nil {
 		return 0, false
 	}
 	for _, c := range cs {
-		pos, err := i.Locators.Lookup(c.ID)
+		pos, err := i.located.Lookup(c.ID)
 		if err != nil {
 			return 0, false
 		}
-		at, err := i.Locators.At(pos)
+		at, err := i.located.At(pos)
 		if err != nil {
 			return 0, false
 		}

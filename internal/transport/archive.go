@@ -255,8 +255,9 @@ func (w tarWriter) add(name string, size int64, r io.Reader) error {
 // ociArchiveDestination writes an OCI layout as a tar. Packs go into it as
 // they come, so that they are never stored twice.
 type ociArchiveDestination struct {
-	name string
-	o    Options
+	name  string
+	image string // what engines call it that read an OCI layout, "" if only name is known
+	o     Options
 
 	mu     sync.Mutex // guards the tar and what is in it
 	beside []named    // further names that the commit enters
@@ -266,7 +267,7 @@ type ociArchiveDestination struct {
 	err    error // a half-written entry spoils the rest
 }
 
-func openOCIArchiveDestination(r Ref, o Options) (Destination, error) {
+func openOCIArchiveDestination(r Ref, o Options) (*ociArchiveDestination, error) {
 	sweep(r.Path)
 	f, err := newReplacement(r.Path)
 	if err != nil {
@@ -288,6 +289,10 @@ func openOCIArchiveDestination(r Ref, o Options) (Destination, error) {
 
 func (d *ociArchiveDestination) HoldsPacks() bool     { return true }
 func (d *ociArchiveDestination) StoreAddress() string { return "" }
+
+// jobs is 1: a tar takes one file at a time, and its bytes shall not depend on
+// which comes first.
+func (d *ociArchiveDestination) jobs() int { return 1 }
 
 func (d *ociArchiveDestination) PutPack(ctx context.Context, p registrystore.Pack) (bool, error) {
 	return putPack(ctx, d, p)
@@ -334,7 +339,7 @@ func (d *ociArchiveDestination) hasManifest(context.Context, v1.Descriptor) (boo
 func (d *ociArchiveDestination) tag(_ context.Context, name string, m v1.Descriptor, _ []byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.beside = append(d.beside, named{name, m})
+	d.beside = append(d.beside, named{name: name, desc: m})
 	return nil
 }
 
@@ -343,7 +348,9 @@ func (d *ociArchiveDestination) lookup(context.Context, string) ([]byte, error) 
 }
 
 func (d *ociArchiveDestination) finish(_ context.Context, m v1.Descriptor, _ []byte) error {
-	index, err := emptyLayoutIndex().set(append(d.beside, d.o.names(d.name, m)...))
+	names := d.o.names(d.name, m)
+	names[len(names)-1].image = d.image
+	index, err := emptyLayoutIndex().set(append(d.beside, names...))
 	if err != nil {
 		return err
 	}

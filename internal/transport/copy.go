@@ -327,7 +327,7 @@ func (c *copier) add(ctx context.Context, g *graph, d v1.Descriptor, depth int) 
 // put stores what a graph consists of at the destination.
 func (c *copier) put(ctx context.Context, g *graph) error {
 	jobs, inner := errgroup.WithContext(ctx)
-	jobs.SetLimit(remoteJobs)
+	jobs.SetLimit(jobsAt(c.dst))
 	for _, d := range g.blobs {
 		jobs.Go(func() error { return c.putBlob(inner, c.blob(d)) })
 	}
@@ -400,7 +400,7 @@ func (c *copier) putManifest(ctx context.Context, m stored) error {
 
 func (c *copier) putPacks(ctx context.Context, packs []registrystore.Pack) error {
 	jobs, inner := errgroup.WithContext(ctx)
-	jobs.SetLimit(remoteJobs)
+	jobs.SetLimit(jobsAt(c.dst))
 	for _, p := range packs {
 		jobs.Go(func() error {
 			reused, err := c.dst.PutPack(inner, p)

@@ -201,6 +201,13 @@ func openDockerArchiveDestination(r Ref, o Options) (Destination, error) {
 	return &dockerArchiveDestination{name: tag, o: o, file: f}, nil
 }
 
+// CheckTag returns nil if engines can call an image s, else what is wrong with
+// it.
+func CheckTag(s string) error {
+	_, err := repoTag(s)
+	return err
+}
+
 // repoTag returns the name under which docker load enters an image, with its
 // tag; "" stays "".
 func repoTag(s string) (string, error) {

@@ -154,6 +154,14 @@ type imageWriter interface {
 	putManifest(ctx context.Context, d v1.Descriptor, raw []byte) error
 }
 
+// jobsAt is how many blobs are put at a time.
+func jobsAt(w imageWriter) int {
+	if o, ok := w.(interface{ jobs() int }); ok {
+		return o.jobs()
+	}
+	return remoteJobs
+}
+
 // receiver is a destination that holds manifests beside one another.
 type receiver interface {
 	Destination
@@ -230,7 +238,7 @@ func putImage(ctx context.Context, w imageWriter, img v1.Image) error {
 		return err
 	}
 	g, inner := errgroup.WithContext(ctx)
-	g.SetLimit(remoteJobs)
+	g.SetLimit(jobsAt(w))
 	for _, l := range layers {
 		g.Go(func() error {
 			d, err := l.Digest()

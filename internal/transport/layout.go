@@ -25,6 +25,8 @@ const (
 	indexFile   = "index.json"
 	layoutText  = `{"imageLayoutVersion":"1.0.0"}`
 	refNameAnno = "org.opencontainers.image.ref.name"
+	// imageNameAnno is what containerd and podman call an image that they load.
+	imageNameAnno = "io.containerd.image.name"
 )
 
 func blobPath(d v1.Hash) string { return filepath.Join("blobs", d.Algorithm, d.Hex) }
@@ -128,16 +130,17 @@ func (x *layoutIndex) unnamed() []v1.Descriptor {
 
 // named is an entry of index.json that is to be.
 type named struct {
-	name string // "" for none
-	desc v1.Descriptor
+	name  string // "" for none
+	desc  v1.Descriptor
+	image string // the whole name, of which name is the tag; "" if only name is known
 }
 
 // names are the entries of an image.
 func (o *Options) names(name string, d v1.Descriptor) []named {
 	if o.KeepTag {
-		return []named{{KeepTag(d.Digest), d}, {name, d}}
+		return []named{{name: KeepTag(d.Digest), desc: d}, {name: name, desc: d}}
 	}
-	return []named{{name, d}}
+	return []named{{name: name, desc: d}}
 }
 
 // set lets each name stand for its descriptor and for nothing else.
@@ -155,6 +158,9 @@ func (x *layoutIndex) set(names []named) ([]byte, error) {
 		}
 		if n.name != "" {
 			n.desc.Annotations = map[string]string{refNameAnno: n.name}
+		}
+		if n.image != "" {
+			n.desc.Annotations[imageNameAnno] = n.image
 		}
 		raw, err := json.Marshal(n.desc)
 		if err != nil {
@@ -431,7 +437,7 @@ func (d *layoutDestination) hasManifest(context.Context, v1.Descriptor) (bool, e
 func (d *layoutDestination) tag(_ context.Context, name string, m v1.Descriptor, _ []byte) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.beside = append(d.beside, named{name, m})
+	d.beside = append(d.beside, named{name: name, desc: m})
 	return nil
 }
 

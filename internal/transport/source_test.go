@@ -581,7 +581,7 @@ func FuzzLayoutIndex(f *testing.F) {
 		}
 		_, _ = x.find(name)
 		d := v1.Descriptor{MediaType: types.OCIImageIndex, Digest: v1.Hash{Algorithm: "sha256", Hex: strings.Repeat("b", 64)}}
-		next, err := x.set([]named{{name, d}})
+		next, err := x.set([]named{{name: name, desc: d}})
 		if err != nil {
 			return
 		}
