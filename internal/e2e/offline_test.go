@@ -1,14 +1,22 @@
 package e2e
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
+	"maps"
+	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
 // noSockets is a seccomp profile with which a container ends as soon as one of
@@ -81,4 +89,215 @@ func TestOffline(t *testing.T) {
 	if r := docker(t, append(watched, "--env", "BOOTFS_OFFLINE=yes", w.image, "true")...); r.code != 125 || r.stderr != "bootfs: BOOTFS_OFFLINE=\"yes\": want 1, or 0\n" {
 		t.Errorf("a setting that cannot be read: exit %d, %q", r.code, r.stderr)
 	}
+}
+
+// cutOffMachine is an engine that has never seen a network, nor an image.
+type cutOffMachine struct{ *testenv.Docker }
+
+func startCutOff(t *testing.T) cutOffMachine {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "cutoff") // short: sockets lie below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := testenv.StartCutOffDocker(t.Context(), dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(d.Close(), os.RemoveAll(dir)); err != nil {
+			t.Error(err)
+		}
+	})
+	return cutOffMachine{d}
+}
+
+// docker runs the client of the machine's engine.
+func (m cutOffMachine) docker(t *testing.T, args ...string) result {
+	t.Helper()
+	return output(t, m.Command(t.Context(), args...))
+}
+
+// output runs a command to its end.
+func output(t *testing.T, cmd *exec.Cmd) result {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil && !errors.As(err, new(*exec.ExitError)) {
+		t.Fatalf("%s: %v", cmd, err)
+	}
+	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
+}
+
+// bundle writes an image to a file, under another name.
+func bundle(t *testing.T, image, name string) (file string) {
+	t.Helper()
+	file = filepath.Join(t.TempDir(), "bundle")
+	if out, err := w.command("bundle", "-q", "--name", name, image, file).CombinedOutput(); err != nil {
+		t.Fatalf("bundle: %v\n%s", err, out)
+	}
+	return file
+}
+
+// TestMachineWithoutNetwork carries an image to a machine that has no network, in
+// one file. The cache that is filled from it is then damaged: the boot image
+// alone tells what is wrong.
+func TestMachineWithoutNetwork(t *testing.T) {
+	source := sumsOf(docker(t, "run", "--rm", "--user", "root", w.source, "sh", "-c", sums).stdout)
+	file := bundle(t, w.image, "app:lazy")
+	m := startCutOff(t)
+	if r := m.docker(t, "load", "--input", file); r.code != 0 || !strings.Contains(r.stdout, "Loaded image: app:lazy\n") {
+		t.Fatalf("docker load: %+v\n%s", r, m.Log())
+	}
+	cache := filepath.Join(t.TempDir(), "cache")
+	if r := output(t, testenv.CutOff(w.convert, "preload", "-q", "oci-archive:"+file, "--cache", cache)); r.code != 0 {
+		t.Fatalf("preload: %+v", r)
+	}
+	offline := []string{"--network", "none", "--env", "BOOTFS_OFFLINE=1", "--user", "root"}
+	fuse := append([]string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN"}, offline...)
+	fill := append([]string{"--env", "BOOTFS_MODE=fill", "--env", "BOOTFS_LOG=quiet"}, offline...)
+	// read runs a container that prints the sum of every file.
+	read := func(t *testing.T, flags []string, cache string, more ...string) result {
+		t.Helper()
+		args := append(append([]string{"run", "--rm"}, flags...), "--volume", cache+":/.bootfs/rootfs.castr")
+		return m.docker(t, append(append(args, more...), "app:lazy", "sh", "-c", sums)...)
+	}
+	right := func(t *testing.T, r result) {
+		t.Helper()
+		if got := sumsOf(r.stdout); r.code != 0 || r.stderr != "" || !maps.Equal(withoutOwn(got), source) {
+			t.Errorf("exit %d, %d files, want %d as in the source\n%.2000s", r.code, len(got), len(source), r.stderr)
+		}
+	}
+	t.Run("fuse", func(t *testing.T) { right(t, read(t, fuse, cache)) })
+	t.Run("fill", func(t *testing.T) { right(t, read(t, fill, cache)) })
+
+	// What reads the files is in memory when the cache is damaged.
+	hostile := filepath.Join(t.TempDir(), "hostile")
+	if out, err := exec.Command("cp", "-a", cache, hostile).CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	args := append(append([]string{"run", "--detach", "--env", "BOOTFS_PREFETCH=none"}, fuse...), "--volume", hostile+":/.bootfs/rootfs.castr", "app:lazy",
+		"sh", "-c", "echo /etc/passwd | xargs sha256sum; find /etc -maxdepth 1 -print0 >/dev/null; echo up; exec sleep 3000")
+	r := m.docker(t, args...)
+	if r.code != 0 {
+		t.Fatal(r.stderr)
+	}
+	id := strings.TrimSpace(r.stdout)
+	within(t, 5*time.Minute, "the container is up", func() bool { return strings.HasSuffix(m.docker(t, "logs", id).stdout, "up\n") })
+	damaged := damageChunks(t, hostile, 200)
+
+	r = m.docker(t, "exec", id, "sh", "-c", sums)
+	failed := strings.Count(r.stderr, "Input/output error")
+	t.Logf("%d chunks damaged: %d files read, %d refused", damaged, strings.Count(r.stdout, "\n"), failed)
+	got := sumsOf(r.stdout)
+	for file, sum := range got {
+		if source[file] != sum {
+			t.Errorf("%s: sha256 %s, in the source image %s", file, sum, source[file])
+		}
+	}
+	if failed == 0 || len(got)+failed != len(source) {
+		t.Errorf("%d files read and %d refused, the source image has %d", len(got), failed, len(source))
+	}
+	if log := m.docker(t, "logs", id).stderr; !namesChunk.MatchString(log) || !strings.Contains(log, "bootfs-convert preload IMAGE --cache DIR") {
+		t.Errorf("the log does not say which chunk and what to do:\n%.2000s", log)
+	}
+	if r := read(t, fill, hostile); r.code != 125 || strings.Count(r.stderr, "\n") != 1 || !namesChunk.MatchString(r.stderr) {
+		t.Errorf("a fill from the damaged cache: exit %d, want 125 and a line that names a chunk:\n%.2000s", r.code, r.stderr)
+	}
+	if r := m.docker(t, "rm", "--force", "--volumes", id); r.code != 0 {
+		t.Error(r.stderr)
+	}
+
+	// A store in a directory heals it, offline as well: the fill reads every chunk.
+	right(t, read(t, fill, hostile, "--env", "BLOB_STORE=/store", "--volume", cache+":/store:ro"))
+	x := filepath.Join(t.TempDir(), "root.caibx")
+	for _, args := range [][]string{{"extract", "-q", "--index", x, "oci-archive:" + file}, {"verify", "-q", x, "--store", hostile}} {
+		if out, err := w.command(args...).CombinedOutput(); err != nil {
+			t.Errorf("%v: %v\n%.2000s", args, err, out)
+		}
+	}
+}
+
+// withoutOwn leaves out what stands in a root that was filled and is bootfs's
+// own.
+func withoutOwn(sums map[string]string) map[string]string {
+	maps.DeleteFunc(sums, func(file, _ string) bool { return strings.HasPrefix(file, "/.bootfs/") })
+	return sums
+}
+
+// damageChunks does something to n chunks of a cache, in turn each of what a
+// hostile or unlucky neighbour could do, and returns how many it has found.
+func damageChunks(t *testing.T, cache string, n int) int {
+	t.Helper()
+	chunks, err := filepath.Glob(filepath.Join(cache, "????", "*.cacnk"))
+	if err != nil || len(chunks) < 2*n {
+		t.Fatalf("%d chunks in the cache: %v", len(chunks), err)
+	}
+	rand.New(rand.NewPCG(1, 2)).Shuffle(len(chunks), func(i, j int) { chunks[i], chunks[j] = chunks[j], chunks[i] })
+	for i, file := range chunks[:n] {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch i % 5 {
+		case 0:
+			b[len(b)/2] ^= 0x10
+		case 1:
+			b = b[:len(b)/2]
+		case 2:
+			b = nil
+		case 3:
+			if b, err = os.ReadFile(chunks[n+i]); err != nil { // another's, and good
+				t.Fatal(err)
+			}
+		}
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		if i%5 == 4 {
+			continue
+		}
+		if err := os.WriteFile(file, b, 0o444); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return n
+}
+
+// TestBundleInOtherEngines loads a bundle where index.json counts.
+func TestBundleInOtherEngines(t *testing.T) {
+	_, image := fidelityImage(t, "plain")
+	file, cache := bundle(t, image, "registry.example.com/app:lazy"), preload(t, image)
+	dir := t.TempDir()
+	t.Run("podman", func(t *testing.T) {
+		p, err := testenv.StartPodman(t.Context(), dir, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := p.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		if r := output(t, p.Command(t.Context(), "load", "--input", file)); r.code != 0 || !strings.Contains(r.stdout, "registry.example.com/app:lazy") {
+			t.Fatalf("podman load: %+v", r)
+		}
+		output(t, p.Command(t.Context(), "run", "--rm", "--network", "none", "--env", "BOOTFS_OFFLINE=1", "--env", "BOOTFS_MODE=fill", "--env", "BOOTFS_LOG=quiet",
+			"--volume", cache+":/.bootfs/rootfs.castr", "registry.example.com/app:lazy", "echo", "loaded")).want(t, "loaded\n")
+	})
+	t.Run("containerd", func(t *testing.T) {
+		c, err := testenv.StartContainerd(t.Context(), t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := c.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		if r := output(t, c.Command(t.Context(), "image", "import", file)); r.code != 0 {
+			t.Fatalf("ctr image import: %+v", r)
+		}
+		output(t, c.Command(t.Context(), "image", "list", "--quiet")).want(t, "registry.example.com/app:lazy\n")
+	})
 }

@@ -63,6 +63,21 @@ func StartRemappedDocker(ctx context.Context, dir string) (*Docker, error) {
 	return startDocker(ctx, dir, host.command, "--userns-remap", tenant)
 }
 
+// StartCutOffDocker starts a dockerd as StartDocker does, on a machine without a
+// network: in a network namespace of its own, where not even the loopback is up.
+func StartCutOffDocker(ctx context.Context, dir string) (*Docker, error) {
+	dir, err := absDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	return startDocker(ctx, dir, CutOff)
+}
+
+// CutOff is a command in such a network namespace.
+func CutOff(name string, args ...string) *exec.Cmd {
+	return exec.Command("unshare", append([]string{"--net", "--", name}, args...)...)
+}
+
 // startDocker starts dockerd through command, with more options.
 func startDocker(ctx context.Context, dir string, command func(string, ...string) *exec.Cmd, options ...string) (*Docker, error) {
 	var err error
