@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -117,7 +118,7 @@ func runPreload(ctx context.Context, f *preloadFlags, names []string) error {
 			Had: p.Had, Fetched: p.Fetched, Missing: p.Missing, Seconds: time.Since(began).Seconds(),
 		})
 	}
-	if err := syncCache(f.cache); err != nil {
+	if err := cache.sync(); err != nil && result.Complete {
 		return &convert.Error{Part: convert.Destination, Err: err}
 	}
 	d.close()
@@ -185,19 +186,26 @@ func (f *preloadFlags) wanted(ctx context.Context, d display, names []string) (a
 // as it can go on without a cache, is remembered.
 type preloadCache struct {
 	*nodecache.Cache
-	mu  sync.Mutex // guards what follows
-	err error      // the first one
+	mu    sync.Mutex // guards what follows
+	err   error      // the first of a write
+	flush error      // the first of the way to the disk
 }
 
 // Put implements chunkstore.Writer.
 func (c *preloadCache) Put(ctx context.Context, id index.ID, frame []byte) error {
-	err := c.Cache.Put(ctx, id, frame)
+	return c.note(ctx, &c.err, c.Cache.Put(ctx, id, frame))
+}
+
+// Flush implements chunkstore.Flusher.
+func (c *preloadCache) Flush(ctx context.Context) error {
+	return c.note(ctx, &c.flush, c.Cache.Flush(ctx))
+}
+
+func (c *preloadCache) note(ctx context.Context, in *error, err error) error {
 	if err != nil && ctx.Err() == nil {
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		if c.err == nil {
-			c.err = err
-		}
+		*in = cmp.Or(*in, err)
 	}
 	return err
 }
@@ -206,7 +214,26 @@ func (c *preloadCache) Put(ctx context.Context, id index.ID, frame []byte) error
 func (c *preloadCache) failed() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.err
+	return cmp.Or(c.err, c.flush)
+}
+
+// sync makes what was written there last: the chunks are on the disk, but not
+// yet all of their names.
+func (c *preloadCache) sync() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.flush != nil {
+		return fmt.Errorf("bring what was fetched to the disk: %w", c.flush)
+	}
+	d, err := os.Open(c.String())
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("%s: bring it to the disk: %w", c, err)
+	}
+	return nil
 }
 
 // openCache opens the cache, and refuses images that it may not hold.
@@ -245,20 +272,6 @@ func storedBytes(all []wanted) (sum int64) {
 		sum += n
 	}
 	return sum
-}
-
-// syncCache makes what was written there last: the chunks are on the disk, but
-// not yet all of their names.
-func syncCache(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("%s: bring it to the disk: %w", dir, err)
-	}
-	return nil
 }
 
 // missingLines is how many of the chunks that are missing are listed.

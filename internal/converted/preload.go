@@ -104,7 +104,7 @@ func (i *Image) Preload(ctx context.Context, cs []index.Chunk, cache chunkstore.
 			return nil, err
 		}
 		cause = fetchAll(ctx, f, missing, reasons, progress)
-		cause = errors.Join(cause, f.Close())
+		cause = errors.Join(cause, f.Close(), flush(ctx, cache))
 		still := i.look(ctx, missing, cache, &r.Fetched, func(int64) {})
 		stuck := len(still) == len(missing)
 		if missing = still; stuck {
@@ -123,6 +123,15 @@ func (i *Image) Preload(ctx context.Context, cs []index.Chunk, cache chunkstore.
 	}
 	slices.SortFunc(r.Missing, func(a, b MissingChunk) int { return cmp.Compare(a.Offset, b.Offset) })
 	return r, nil
+}
+
+// flush brings what was put into cache to the disk. The Fetcher's Close does
+// that, too, but not for as long as it takes.
+func flush(ctx context.Context, cache chunkstore.Writer) error {
+	if f, ok := cache.(chunkstore.Flusher); ok {
+		return f.Flush(ctx)
+	}
+	return nil
 }
 
 // look reads cs from cache, counts those that are good and returns the others.

@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
@@ -88,6 +89,39 @@ func TestOffline(t *testing.T) {
 	}
 	if r := docker(t, append(watched, "--env", "BOOTFS_OFFLINE=yes", w.image, "true")...); r.code != 125 || r.stderr != "bootfs: BOOTFS_OFFLINE=\"yes\": want 1, or 0\n" {
 		t.Errorf("a setting that cannot be read: exit %d, %q", r.code, r.stderr)
+	}
+}
+
+// TestPreloadGoesOn kills a preload on its way. The next one fetches the rest.
+func TestPreloadGoesOn(t *testing.T) {
+	dir := t.TempDir()
+	killed := w.command("preload", "-q", w.image, "--cache", dir)
+	before := w.proxy.bytes.Load()
+	if err := killed.Start(); err != nil {
+		t.Fatal(err)
+	}
+	within(t, 5*time.Minute, "a part is fetched", func() bool { return w.proxy.bytes.Load()-before > 30<<20 })
+	if err := killed.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = killed.Wait() // that it was killed
+	var v struct {
+		Complete bool
+		Images   []struct {
+			Chunks       int
+			Had, Fetched converted.Amount
+		}
+	}
+	for i, want := range []string{"the rest", "nothing"} {
+		r := output(t, w.command("preload", "-q", "--json", w.image, "--cache", dir))
+		if err := json.Unmarshal([]byte(r.stdout), &v); err != nil || r.code != 0 {
+			t.Fatalf("preload: %v: %+v", err, r)
+		}
+		p := v.Images[0]
+		t.Logf("%d chunks were there, %d fetched", p.Had.Chunks, p.Fetched.Chunks)
+		if !v.Complete || p.Had.Chunks == 0 || p.Had.Chunks+p.Fetched.Chunks != p.Chunks || i == 1 && p.Fetched.Chunks > 0 {
+			t.Errorf("got %+v, want %s fetched", v, want)
+		}
 	}
 }
 
@@ -210,12 +244,40 @@ func TestMachineWithoutNetwork(t *testing.T) {
 
 	// A store in a directory heals it, offline as well: the fill reads every chunk.
 	right(t, read(t, fill, hostile, "--env", "BLOB_STORE=/store", "--volume", cache+":/store:ro"))
-	x := filepath.Join(t.TempDir(), "root.caibx")
-	for _, args := range [][]string{{"extract", "-q", "--index", x, "oci-archive:" + file}, {"verify", "-q", x, "--store", hostile}} {
-		if out, err := w.command(args...).CombinedOutput(); err != nil {
-			t.Errorf("%v: %v\n%.2000s", args, err, out)
+	for _, f := range faultsOf(t, file, hostile) {
+		if f.Offset >= metadataOf(t, file) { // the metadata are in the boot image, and not fetched
+			t.Errorf("after the fill, %s: chunk %s at %d", f.Reason, f.Chunk, f.Offset)
 		}
 	}
+	if r := output(t, testenv.CutOff(w.convert, "preload", "-q", "oci-archive:"+file, "--cache", hostile)); r.code != 0 || len(faultsOf(t, file, hostile)) > 0 {
+		t.Errorf("preload again: %+v", r)
+	}
+}
+
+// faultsOf returns what a cache lacks of the image in a bundle.
+func faultsOf(t *testing.T, bundle, cache string) []converted.VerifiedDamage {
+	t.Helper()
+	var v struct {
+		Roots []converted.Verification `json:"roots"`
+	}
+	r := output(t, w.command("verify", "-q", "--json", "--store", cache, "oci-archive:"+bundle))
+	if err := json.Unmarshal([]byte(r.stdout), &v); err != nil || len(v.Roots) != 1 {
+		t.Fatalf("verify: %v: %+v", err, r)
+	}
+	return v.Roots[0].Faults
+}
+
+// metadataOf is how many bytes the metadata of the image in a bundle have.
+func metadataOf(t *testing.T, bundle string) int64 {
+	t.Helper()
+	var v struct {
+		Platforms []struct{ MetaBytes int64 }
+	}
+	r := output(t, w.command("inspect", "-q", "--json", "oci-archive:"+bundle))
+	if err := json.Unmarshal([]byte(r.stdout), &v); err != nil || len(v.Platforms) != 1 {
+		t.Fatalf("inspect: %v: %+v", err, r)
+	}
+	return v.Platforms[0].MetaBytes
 }
 
 // withoutOwn leaves out what stands in a root that was filled and is bootfs's
