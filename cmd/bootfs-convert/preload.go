@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/convert"
@@ -41,7 +42,10 @@ platforms that of this machine counts, or those of --platform.
 What is in the cache and good is not fetched, so that a preload that was
 interrupted goes on where it was. What is damaged is replaced. In the end every
 chunk was read from DIR and compared with its name, and is on the disk: or the
-exit code is 6, and what is missing is listed.
+exit code is 6, and what is missing is listed. Where the cache may have no more than
+--size, what else is in it makes room, used least lately first; chunks that do not fit
+into nine tenths of that, which boots leave of a cache that has grown too large, are
+refused before anything is fetched.
 
 The chunks are looked for in --store, beside the image (in a registry, an OCI
 layout, or an archive of bundle), and then where the image says.`,
@@ -98,7 +102,7 @@ func runPreload(ctx context.Context, f *preloadFlags, names []string) error {
 	if err != nil {
 		return err
 	}
-	cache, err := f.openCache(d, wanted)
+	cache, err := f.openCache(ctx, d, wanted)
 	if err != nil {
 		return err
 	}
@@ -236,8 +240,9 @@ func (c *preloadCache) sync() error {
 	return nil
 }
 
-// openCache opens the cache, and refuses images that it may not hold.
-func (f *preloadFlags) openCache(d display, all []wanted) (*preloadCache, error) {
+// openCache opens the cache, refuses images that it could not keep, and makes
+// room for the others.
+func (f *preloadFlags) openCache(ctx context.Context, d display, all []wanted) (*preloadCache, error) {
 	var limit int64
 	if f.size != "" {
 		var err error
@@ -245,33 +250,73 @@ func (f *preloadFlags) openCache(d display, all []wanted) (*preloadCache, error)
 			return nil, usagef("--size: %w", err)
 		}
 	}
-	if need := storedBytes(all); limit > 0 && need > limit {
-		return nil, &convert.Error{Part: convert.Destination, Err: fmt.Errorf("the chunks have %s, and %s may hold %s: nothing was fetched; allow it more with --size, or give it a part with --start-set",
-			scratch.Bytes(need), f.cache, scratch.Bytes(limit))}
+	reserve := nodecache.DefaultReserve
+	if s := f.getenv(envCacheReserve); s != "" {
+		var err error
+		if reserve, err = nodecache.ParseReserve(s); err != nil {
+			return nil, usagef("%s: %w", envCacheReserve, err)
+		}
 	}
-	c, err := nodecache.Open(f.cache, nodecache.Options{Limit: limit, Log: f.logger(d)})
+	sizes, err := storedSizes(all)
+	if err != nil {
+		return nil, &convert.Error{Part: convert.Source, Err: err}
+	}
+	var need int64
+	for _, n := range sizes {
+		need += n
+	}
+	// Boots that find a cache larger than it may be leave nine tenths.
+	keeps := limit / 10 * 9
+	if limit > 0 && need > keeps {
+		return nil, &convert.Error{Part: convert.Destination, Err: fmt.Errorf("the chunks have %s on the disk, and of the %s that %s may have nine tenths last: nothing was fetched; allow it more with --size, or give it a part with --start-set",
+			scratch.Bytes(need), scratch.Bytes(limit), f.cache)}
+	}
+	// Without the limit: a writer that others fill the cache beside lets chunks go.
+	open, err := nodecache.Open(f.cache, nodecache.Options{Reserve: reserve, Log: f.logger(d)})
 	if err != nil {
 		return nil, &convert.Error{Part: convert.Destination, Err: err}
 	}
-	return &preloadCache{Cache: c}, nil
+	c := &preloadCache{Cache: open}
+	if limit > 0 {
+		if err := c.makeRoom(ctx, sizes, keeps); err != nil {
+			return nil, &convert.Error{Part: convert.Destination, Err: errors.Join(err, c.Close())}
+		}
+	}
+	return c, nil
 }
 
-// storedBytes is what the chunks have in a cache at least: those of loose stores
-// tell it only when they are there.
-func storedBytes(all []wanted) (sum int64) {
-	seen := make(map[index.ID]bool)
-	for _, w := range all {
-		var fresh []index.Chunk
-		for _, c := range w.chunks {
-			if !seen[c.ID] {
-				seen[c.ID] = true
-				fresh = append(fresh, c)
-			}
+// makeRoom removes what else is in the cache, used least lately first, until
+// chunks of these sizes fit in without more than limit bytes in all.
+func (c *preloadCache) makeRoom(ctx context.Context, sizes map[index.ID]int64, limit int64) error {
+	for id, n := range sizes {
+		err := c.Touch(ctx, id) // so that it stays
+		if errors.Is(err, chunkstore.ErrNotFound) {
+			limit -= n
+		} else if err != nil {
+			return err
 		}
-		n, _ := w.image.StoredBytes(fresh)
-		sum += n
 	}
-	return sum
+	_, err := c.Prune(ctx, limit)
+	return err
+}
+
+// diskBlock is what the size of a file is rounded up to, in bytes.
+const diskBlock = 4096
+
+// storedSizes returns what each of the chunks takes of the disk, 0 for those of
+// loose stores, which tell it only when they are fetched.
+func storedSizes(all []wanted) (map[index.ID]int64, error) {
+	sizes := make(map[index.ID]int64)
+	for _, w := range all {
+		for _, c := range w.chunks {
+			n, err := w.image.StoredBytes(c)
+			if err != nil {
+				return nil, err
+			}
+			sizes[c.ID] = max(sizes[c.ID], (n+diskBlock-1)/diskBlock*diskBlock)
+		}
+	}
+	return sizes, nil
 }
 
 // missingLines is how many of the chunks that are missing are listed.

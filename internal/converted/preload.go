@@ -38,24 +38,18 @@ func (i *Image) Chunks(start bool) ([]index.Chunk, error) {
 	return slices.DeleteFunc(all, func(c index.Chunk) bool { return !of[c.ID] }), nil
 }
 
-// StoredBytes is how many bytes the stored form of cs has. It is not known
-// where they lie in loose stores.
-func (i *Image) StoredBytes(cs []index.Chunk) (n int64, known bool) {
+// StoredBytes is how many bytes the stored form of c has, 0 where that is not
+// known, as in loose stores.
+func (i *Image) StoredBytes(c index.Chunk) (int64, error) {
 	if i.located == nil {
-		return 0, false
+		return 0, nil
 	}
-	for _, c := range cs {
-		pos, err := i.located.Lookup(c.ID)
-		if err != nil {
-			return 0, false
-		}
-		at, err := i.located.At(pos)
-		if err != nil {
-			return 0, false
-		}
-		n += int64(at.Length)
+	pos, err := i.located.Lookup(c.ID)
+	if err != nil {
+		return 0, err
 	}
-	return n, true
+	at, err := i.located.At(pos)
+	return int64(at.Length), err
 }
 
 // Preloaded is what Preload found and did.
