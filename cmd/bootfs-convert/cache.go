@@ -17,7 +17,7 @@ import (
 // phaseCheck is that of reading a node cache, for progress.
 const phaseCheck convert.Phase = "check"
 
-// envCacheReserve is --reserve of cache prune; boot knows it too.
+// envCacheReserve is --reserve of cache prune, and what preload leaves free; boot knows it too.
 const envCacheReserve = "BOOTFS_CACHE_RESERVE"
 
 func newCache(c *common) *cobra.Command {

@@ -39,7 +39,6 @@ const (
 	envMirrors       = "BOOTFS_MIRRORS"             // boot knows it too
 	envBlobStore     = "BLOB_STORE"                 // --store of the commands that read; boot knows it too
 	envCacheSize     = "BOOTFS_CACHE_SIZE"          // preload --size; boot knows it too
-	envCacheReserve  = "BOOTFS_CACHE_RESERVE"       // free space that preload leaves; boot knows it too
 	envSSHKey        = "BOOTFS_SSH_KEY"             // file, in the place of those in ~/.ssh
 	envSSHPassphrase = "BOOTFS_SSH_PASSPHRASE_FILE" // of that key
 	envSSHPassword   = "DROPBEAR_PASSWORD"          // for ssh:// and sftp://, as container-bootfs named it; boot knows it too
