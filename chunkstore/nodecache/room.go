@@ -19,8 +19,10 @@ const (
 	spaceAfter = 1 << 20 // bytes that it has written
 
 	// lookPatience is how long a write waits to hear how large the cache is. It is
-	// not kept where that takes longer.
-	lookPatience = 250 * time.Millisecond
+	// not kept where that takes longer, and each container fetches the chunk anew:
+	// so the disk of a busy machine must have answered by then. Those that wait for
+	// the chunk wait a little longer than this for one another.
+	lookPatience = 2 * time.Second
 
 	// evictPause is between two evictions of one process; stuckPause, after one
 	// that could not remove what it should.
