@@ -3,7 +3,9 @@ package layer
 import (
 	"archive/tar"
 	"bytes"
+	"compress/bzip2"
 	"context"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +18,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	_ "github.com/vbatts/tar-split/archive/tar" // its corpus is read
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/internal/testenv/bounded"
@@ -620,28 +623,75 @@ func wellFormed(t testing.TB, tr *tree.Tree) {
 	}
 }
 
-// TestGoCorpus reads the archives with which Go tests archive/tar, and differs
-// from it nowhere.
-func TestGoCorpus(t *testing.T) {
+// TestCorpora reads the archives with which Go tests archive/tar, and those of
+// tar-split, by which Docker's engine keeps layers (both BSD 3-clause). Nothing
+// of them is read in another way than archive/tar does.
+func TestCorpora(t *testing.T) {
+	if !bounded.Test(t) {
+		return
+	}
 	for name, b := range goCorpus(t) {
-		t.Run(name, func(t *testing.T) { sameAsArchiveTar(t, b) })
+		t.Run(name, func(t *testing.T) {
+			bounded.Case(t)
+			sameAsArchiveTar(t, b)
+		})
+	}
+	for name, b := range tarSplitCorpus(t) {
+		t.Run("tar-split/"+name, func(t *testing.T) {
+			bounded.Case(t)
+			plain, _, err := Decompress(bytes.NewReader(b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer plain.Close()
+			if b, err = io.ReadAll(plain); err != nil {
+				t.Fatal(err)
+			}
+			sameAsArchiveTar(t, b)
+		})
 	}
 }
 
 func goCorpus(t testing.TB) map[string][]byte {
-	root, err := exec.Command("go", "env", "GOROOT").Output()
+	return filesOf(t, filepath.Join(output(t, "go", "env", "GOROOT"), "src/archive/tar/testdata"))
+}
+
+func tarSplitCorpus(t testing.TB) map[string][]byte {
+	module := output(t, "go", "list", "-m", "-f", "{{.Dir}}", "github.com/vbatts/tar-split")
+	return filesOf(t, filepath.Join(module, "archive/tar/testdata"), filepath.Join(module, "tar/asm/testdata"))
+}
+
+func output(t testing.TB, command ...string) string {
+	t.Helper()
+	out, err := exec.Command(command[0], command[1:]...).Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	pattern := filepath.Join(strings.TrimSpace(string(root)), "src/archive/tar/testdata/*.tar")
-	files, err := filepath.Glob(pattern)
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no %s: %v", pattern, err)
-	}
+	return strings.TrimSpace(string(out))
+}
+
+// filesOf returns the archives in dirs, by name. Those that the Go project keeps
+// from virus scanners are decoded.
+func filesOf(t testing.TB, dirs ...string) map[string][]byte {
+	t.Helper()
 	corpus := map[string][]byte{}
-	for _, f := range files {
-		if corpus[filepath.Base(f)], err = os.ReadFile(f); err != nil {
-			t.Fatal(err)
+	for _, dir := range dirs {
+		files, err := filepath.Glob(filepath.Join(dir, "*.tar*"))
+		if err != nil || len(files) == 0 {
+			t.Fatalf("no archives in %s: %v", dir, err)
+		}
+		for _, name := range files {
+			b, err := os.ReadFile(name)
+			base := filepath.Base(name)
+			if err == nil && strings.HasSuffix(base, ".base64") {
+				b, err = base64.StdEncoding.AppendDecode(nil, b)
+			} else if err == nil && strings.HasSuffix(base, ".bz2") {
+				b, err = io.ReadAll(bzip2.NewReader(bytes.NewReader(b)))
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			corpus[base] = b
 		}
 	}
 	return corpus
