@@ -179,11 +179,11 @@ func parseRepository(s string) (name.Repository, error) {
 		return name.Repository{}, errNoRepository
 	}
 	reg, err := name.NewRegistry(host, name.StrictValidation)
-	if err != nil {
-		return name.Repository{}, err
+	if err == nil {
+		_, err = name.NewRepository("example.com/" + repo)
 	}
-	if _, err := name.NewRepository("example.com/" + repo); err != nil {
-		return name.Repository{}, err
+	if err != nil { // it repeats the name as it is
+		return name.Repository{}, errors.New(httpio.OneLine(err.Error(), maxWords))
 	}
 	return reg.Repo(repo), nil
 }

@@ -203,7 +203,8 @@ func (p profiles) credentials(name, file string) (Credentials, bool, error) {
 		return c, true, nil
 	}
 	if profile == nil {
-		return c, false, fmt.Errorf("%s: no profile %q: it has %q", file, name, slices.Sorted(maps.Keys(p)))
+		names := slices.Sorted(maps.Keys(p))
+		return c, false, fmt.Errorf("%s: no profile %q: it has %q", file, name, names[:min(len(names), 20)])
 	}
 	for _, indirect := range []string{"role_arn", "sso_session", "sso_start_url", "credential_process"} {
 		if profile[indirect] != "" {

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/crypto/ssh"
 	"golang.org/x/crypto/ssh/agent"
 	"golang.org/x/crypto/ssh/knownhosts"
+
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
 // auth is who we are and whom we trust.
@@ -120,7 +122,8 @@ func readKey(file, passphraseFile string) (ssh.Signer, error) {
 // parsePin reads what Options.HostKeys holds.
 func parsePin(line string) ([]pin, error) {
 	fail := func(err error) ([]pin, error) {
-		return nil, fmt.Errorf("pinned host key %.100q: %w: want a line of known_hosts, as ssh-keyscan prints it, or a key alone", line, err)
+		return nil, fmt.Errorf("pinned host key %.100q: %s: want a line of known_hosts, as ssh-keyscan prints it, or a key alone",
+			line, httpio.OneLine(err.Error(), 200)) // it repeats what stands there
 	}
 	if key, _, options, _, err := ssh.ParseAuthorizedKey([]byte(line)); err == nil && len(options) == 0 {
 		return []pin{{key: key}}, nil

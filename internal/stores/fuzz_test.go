@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"strings"
 	"testing"
+	"unicode"
 
 	"github.com/container-bootfs/bootfs/chunker"
 	"github.com/container-bootfs/bootfs/chunkstore/sshstore"
@@ -17,6 +18,7 @@ func FuzzOpen(f *testing.F) {
 	for _, s := range []string{
 		"registry://h/r", "registry+http://h:5000/a/b", "https://h/p", "http://u:p@h/p?q", "ssh://u@h:2222/~/s", "sftp://u@[::1]/p",
 		"s3+https://h/bucket/p?region=r&style=path", "s3+http://s3.eu-west-1.amazonaws.com/b", "s3://b/p", "ftp://h", "ssh://-oProxyCommand=x/p", "https://h/%", "",
+		"registry+http://\x1b[31m/a", "registry://h/\x00", "https://h/\u0085", "ssh://u@h\u009b/p", "/\r://",
 	} {
 		f.Add(s, "")
 	}
@@ -31,7 +33,7 @@ func FuzzOpen(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Fuzz(func(t *testing.T, address, hostKey string) {
-		if !Remote(address) || strings.HasPrefix(address, "oci:") {
+		if k, ok := kindOf(address); ok && (k.schemes == nil || k.form == "oci:DIR") && Check(address) == nil {
 			return // a path of this machine
 		}
 		o := sshstore.Options{User: "u"}
@@ -42,11 +44,11 @@ func FuzzOpen(f *testing.F) {
 		switch {
 		case err == nil && len(list) == 0:
 			t.Errorf("%q: neither a store nor an error", address)
-		case err != nil && strings.ContainsAny(err.Error(), "\n\r\x00"):
+		case err != nil && strings.ContainsFunc(err.Error(), unicode.IsControl):
 			t.Errorf("%q: got %q", address, err)
 		}
 		for _, s := range list {
-			if strings.ContainsAny(s.String(), "\n\r\x00") {
+			if strings.ContainsFunc(s.String(), unicode.IsControl) {
 				t.Errorf("%q is called %q", address, s)
 			}
 		}

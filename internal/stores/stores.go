@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 
@@ -109,10 +110,14 @@ func forms(with func(kind) bool) string {
 	return strings.Join(list[:last], ", ") + " or " + list[last]
 }
 
-// Check refuses an address that is of no kind.
+// Check refuses an address that is of no kind, and one with control characters:
+// images name stores, and messages repeat their addresses.
 func Check(address string) error {
 	if _, ok := kindOf(address); !ok {
 		return fmt.Errorf("store %q: want %s", hide(address), Forms())
+	}
+	if strings.ContainsFunc(address, unicode.IsControl) {
+		return fmt.Errorf("store %q: control characters", hide(address))
 	}
 	return nil
 }
@@ -143,10 +148,10 @@ func Remote(address string) bool { return strings.Contains(address, "://") }
 // those that the keychain has for its host and port; the latter are not sent
 // over plain HTTP, but for the loopback.
 func Open(address string, s Source) (chunkstore.Store, error) {
-	k, ok := kindOf(address)
-	if !ok {
-		return nil, Check(address)
+	if err := Check(address); err != nil {
+		return nil, err
 	}
+	k, _ := kindOf(address)
 	return k.open(address, s)
 }
 
@@ -159,6 +164,9 @@ func OpenAll(address string, s Source) ([]chunkstore.Store, error) {
 			return nil, err
 		}
 		return []chunkstore.Store{one}, nil
+	}
+	if err := Check(address); err != nil {
+		return nil, err
 	}
 	blobs, err := registrystore.NewRemotes(address, s.remote())
 	if err != nil {
