@@ -49,6 +49,10 @@ func openRegular(name string) (*os.File, error) {
 	return f, nil
 }
 
+// maxIndexFile is the size of the largest index that is read from a file, in
+// bytes: one of a terabyte or more.
+const maxIndexFile = 1 << 30
+
 // readIndexFile reads and checks the index in a file.
 func readIndexFile(name string) (*index.Index, error) {
 	failed := func(err error) (*index.Index, error) {
@@ -59,7 +63,14 @@ func readIndexFile(name string) (*index.Index, error) {
 		return failed(err)
 	}
 	defer f.Close()
-	raw, err := io.ReadAll(f)
+	info, err := f.Stat()
+	if err != nil {
+		return failed(err)
+	}
+	if info.Size() > maxIndexFile {
+		return failed(fmt.Errorf("it has %d bytes, at most %d are read", info.Size(), maxIndexFile))
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, maxIndexFile))
 	if err != nil {
 		return failed(err)
 	}

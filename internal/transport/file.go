@@ -128,6 +128,9 @@ func syncDir(path string) error {
 	return d.Sync()
 }
 
+// maxSpooled is how many bytes are spooled, as many as a layer may have.
+const maxSpooled = 1 << 40
+
 // spool copies r to a file without a name in dir, so that nothing stays behind
 // however the process ends.
 func spool(ctx context.Context, dir string, r io.Reader, progress func(int64)) (*os.File, int64, error) {
@@ -135,7 +138,10 @@ func spool(ctx context.Context, dir string, r io.Reader, progress func(int64)) (
 	if err != nil {
 		return nil, 0, err
 	}
-	n, err := io.Copy(f, &progressReader{ctx: ctx, r: r, progress: progress})
+	n, err := io.Copy(f, io.LimitReader(&progressReader{ctx: ctx, r: r, progress: progress}, maxSpooled+1))
+	if err == nil && n > maxSpooled {
+		err = fmt.Errorf("it holds more than %d bytes: refused", maxSpooled)
+	}
 	if err != nil {
 		f.Close()
 		return nil, 0, scratch.Explain(dir, err)

@@ -76,10 +76,39 @@ func (p *repository) blobs() (registrystore.Blobs, error) {
 func (p *repository) options() []remote.Option {
 	return []remote.Option{
 		remote.WithAuthFromKeychain(p.keychain),
-		remote.WithTransport(p.transport),
+		remote.WithTransport(shortAnswers{p.transport}),
 		remote.WithJobs(remoteJobs),
 		remote.WithUserAgent("bootfs-convert"),
 	}
+}
+
+// maxShort bounds what is read of a manifest or of a page of tags, in bytes.
+const maxShort = 8 << 20
+
+// shortAnswers fails where an answer has more than maxShort bytes. No layers are
+// read through it.
+type shortAnswers struct{ http.RoundTripper }
+
+func (s shortAnswers) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := s.RoundTripper.RoundTrip(r)
+	if err == nil {
+		resp.Body = &shortBody{resp.Body, maxShort}
+	}
+	return resp, err
+}
+
+type shortBody struct {
+	io.ReadCloser
+	left int64 // bytes
+}
+
+func (b *shortBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.left+1)])
+	if b.left -= int64(n); b.left < 0 {
+		_ = b.Close() // the caller may not
+		return 0, fmt.Errorf("the answer has more than %d bytes", maxShort)
+	}
+	return n, err
 }
 
 // explain makes of an error what a person can act on, in one line.

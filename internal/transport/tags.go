@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
@@ -47,7 +48,7 @@ func ListPacks(ctx context.Context, address string, o Options) ([]TagPacks, erro
 	if err != nil {
 		return nil, err
 	}
-	tags, err := puller.List(ctx, p.ref.Context())
+	tags, err := listTags(ctx, puller, p.ref.Context())
 	var status *transport.Error
 	if errors.As(err, &status) && status.StatusCode == http.StatusNotFound {
 		return nil, &explained{fmt.Sprintf("%s has no repository %s", p.host(), p.ref.Context().RepositoryStr()), err}
@@ -71,6 +72,31 @@ func ListPacks(ctx context.Context, address string, o Options) ([]TagPacks, erro
 		return nil, err
 	}
 	return out, nil
+}
+
+// What a registry may list: tags of a repository, and pages of them.
+const (
+	maxTags     = 100_000
+	maxTagPages = 1000
+)
+
+// listTags returns the tags of a repository.
+func listTags(ctx context.Context, puller *remote.Puller, repo name.Repository) ([]string, error) {
+	l, err := puller.Lister(ctx, repo)
+	if err != nil {
+		return nil, err
+	}
+	var tags []string
+	for pages := 0; l.HasNext(); pages++ {
+		page, err := l.Next(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if tags = append(tags, page.Tags...); len(tags) > maxTags || pages >= maxTagPages {
+			return nil, fmt.Errorf("it lists more than %d tags, or more than %d pages of them", maxTags, maxTagPages)
+		}
+	}
+	return tags, nil
 }
 
 // packLister reads what tags lead to.
