@@ -39,7 +39,7 @@ bench: deps build-host ## benchmarks
 	go test -run '^$$' -bench . -benchmem -timeout 60m $(PKG)
 
 .PHONY: fuzz
-fuzz: ## every fuzz target for FUZZTIME (30s)
+fuzz: ## every fuzz target for FUZZTIME (30s), output in FUZZRECORD if set
 	FUZZTIME=$(FUZZTIME) scripts/fuzz.sh $(PKG)
 
 .PHONY: soak
