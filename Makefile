@@ -58,6 +58,11 @@ lint: ## gofmt, go vet, staticcheck; golangci-lint where it is installed
 	go run $(STATICCHECK) ./...
 	@if command -v golangci-lint >/dev/null; then golangci-lint run; fi
 
+.PHONY: cache-image
+cache-image: ## the keeper of a node cache as a container image, bootfs-cache:latest (samples/cache)
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags='-s -w' -o bin/bootfs-cache ./cmd/bootfs-cache
+	docker build --file samples/cache/Dockerfile --target prebuilt --tag bootfs-cache:latest .
+
 .PHONY: image
 image: build ## the converter as a container image, bootfs-convert:latest (BASE=REF is what it stands on)
 	docker build --target prebuilt $(if $(BASE),--build-arg BASE=$(BASE)) --tag bootfs-convert:latest .

@@ -26,7 +26,7 @@ var levels = [][]string{
 	{"internal/assembly"},
 	{"internal/converted"},
 	{"internal/convert", "internal/boot"},
-	{"cmd/bootfs-boot", "cmd/bootfs-convert"},
+	{"cmd/bootfs-boot", "cmd/bootfs-cache", "cmd/bootfs-convert"},
 }
 
 // helpers serve building and testing; nothing of the product imports them.
