@@ -1,6 +1,6 @@
 // Package nodecache keeps chunks in a directory that the containers of a node
-// share. Its layout is casync's .castr; what it needs besides are hidden files,
-// which casync and desync pass over.
+// share. Its layout is casync's .castr, from which casync and desync read; what it
+// needs besides are hidden files, at which casync's collector stops.
 //
 // Any number of processes may read, write and evict at the same time, and any
 // of them may be killed at any point. Whoever shares the directory may also put
