@@ -18,11 +18,15 @@ const (
 	spaceEvery = 100 * time.Millisecond
 	spaceAfter = 1 << 20 // bytes that it has written
 
-	// lookPatience is how long a write waits to hear how large the cache is. It is
-	// not kept where that takes longer, and each container fetches the chunk anew:
-	// so the disk of a busy machine must have answered by then. Those that wait for
-	// the chunk wait a little longer than this for one another.
+	// lookPatience is how long the first write waits to hear how large the cache
+	// is: what is not kept, each container fetches anew, so the disk of a busy
+	// machine must have answered by then. Later writes do not wait, as reads may
+	// wait for them.
 	lookPatience = 2 * time.Second
+
+	// stepsBlind is how many steps may be written before the look that was due
+	// after one is over.
+	stepsBlind = 4
 
 	// evictPause is between two evictions of one process; stuckPause, after one
 	// that could not remove what it should.
@@ -74,9 +78,8 @@ func (c *Cache) take(ctx context.Context, n int64) error {
 		r.tending, r.look = true, make(chan struct{})
 		r.background.Go(c.tend)
 	}
-	blind := func() bool { return c.limit > 0 && (r.looked.IsZero() || r.wrote+n > max(r.step, n)) }
-	if blind() && r.tending {
-		done := r.look
+	blind := func() bool { return c.limit > 0 && (r.looked.IsZero() || r.wrote+n > stepsBlind*max(r.step, n)) }
+	if done := r.look; c.limit > 0 && r.looked.IsZero() && r.tending {
 		r.mu.Unlock()
 		t := time.NewTimer(lookPatience)
 		select {
