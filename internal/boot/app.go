@@ -48,8 +48,9 @@ type appReport struct {
 
 // startApp starts the caller's program as PID 1 of a PID namespace of its own,
 // in a mount namespace below boot's, and returns its process ID once it has
-// been exec'd. signals are those that boot has caught.
-func startApp(c *caller, masks []mask, keepSysAdmin bool, score int, signals chan os.Signal) (pid int, err error) {
+// been exec'd. signals are those that boot has caught. meanwhile is called while
+// the app starts, when it has its namespaces.
+func startApp(c *caller, masks []mask, keepSysAdmin bool, score int, signals chan os.Signal, meanwhile func()) (pid int, err error) {
 	order, err := json.Marshal(appOrder{
 		Program: c.program, Argv: c.argv, Env: c.env, Cwd: c.cwd,
 		UID: c.uid, GID: c.gid, Groups: c.groups,
@@ -86,6 +87,7 @@ func startApp(c *caller, masks []mask, keepSysAdmin bool, score int, signals cha
 	reportWrite.Close()
 	_, err = orderWrite.Write(order)
 	orderWrite.Close()
+	meanwhile()
 	report, reportErr := awaitExec(pid, reportRead, signals)
 	if len(report) > 0 {
 		var r appReport

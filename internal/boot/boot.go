@@ -18,6 +18,10 @@
 //	serve.go       signals, reaping, prefetch, the exit status
 //	fill.go        without FUSE: the root in place, then the program in its stead
 //
+//	status.go      how the container is doing, for who asks
+//	corner.go      where an exec can ask in a mounted root
+//	ask.go         the command that asks
+//
 // Boot itself stays in the root that the engine gave it, hidden below the new
 // one: its own path lookups (resolver, certificates, credentials) then never
 // lead through the mount that it serves, which could wait for itself.
@@ -64,6 +68,9 @@ func Main() int {
 	if isAppInit() {
 		return reportToBoot(appInit())
 	}
+	if asksStatus() {
+		return tellStatus(os.Args[2:], os.Stdout, os.Stderr)
+	}
 	level, err := logLevel(os.Getenv("BOOTFS_LOG"))
 	out := newConsole(os.Stderr, level)
 	defer out.flush()
@@ -87,6 +94,10 @@ func run(out *console) (int, error) {
 	c, err := currentCaller()
 	if err != nil {
 		return 0, err
+	}
+	if inCorner() {
+		// What the engine has brought into the root is there already.
+		return 0, c.become()
 	}
 	config, err := readConfig(bootimage.ConfigPath)
 	if err != nil {
@@ -133,6 +144,8 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 		return 0, fmt.Errorf("make boot undumpable: %w", err)
 	}
 	signals := catchSignals()
+	report := newReporter(config, out)
+	meeting.reporter.Store(report)
 	settings, err := readSettings(c.ownEnv(isBegun()))
 	if err != nil {
 		return 0, err
@@ -150,8 +163,9 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 	if err != nil {
 		return 0, err
 	}
+	report.chose(m, settings.mode != modeAuto, why)
 	if m == modeFuse {
-		status, err := leadMounted(c, settings, content, meeting, signals, out)
+		status, err := leadMounted(c, settings, content, meeting, report, signals, out)
 		var refused *refusedError
 		if !errors.As(err, &refused) {
 			return status, err
@@ -164,17 +178,19 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 		}
 		_ = content.fetcher.Close() // it has fetched nothing
 		why = "mounting it was refused: " + refused.Error()
+		report.chose(modeFill, false, why)
 	}
 	if why != "" {
 		out.log.Warn("the root is filled in place: " + why)
 	}
-	return leadFilled(c, content, signals, out)
+	return leadFilled(c, content, report, signals, out)
 }
 
 // leadMounted mounts the root and runs the app in it. A refusedError means that
 // nothing has changed.
-func leadMounted(c *caller, settings *settings, content *content, meeting *meeting, signals chan os.Signal, out *console) (int, error) {
+func leadMounted(c *caller, settings *settings, content *content, meeting *meeting, report *reporter, signals chan os.Signal, out *console) (int, error) {
 	content.openFetcher(true)
+	report.opened(content)
 	cutOff := time.AfterFunc(cutOffAfter, content.warnIfCutOff)
 	status, err := untilStopped(signals, out.log, func(ctx context.Context) error { return content.initVolumes(ctx, out) })
 	cutOff.Stop()
@@ -189,7 +205,13 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	// From here on the network is used. The app's own exec is its first reader.
 	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
 	prefetch := startPrefetch(content, settings, out.log)
-	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, content.memory.appScore(), signals)
+	report.prefetches(prefetch)
+	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, content.memory.appScore(), signals, func() {
+		defer unix.Close(root.top)
+		if err := openCorner(root.top, report); err != nil {
+			out.log.Info("the status of this container cannot be asked for: " + err.Error())
+		}
+	})
 	if err != nil {
 		if e := (*noChunksError)(nil); errors.As(err, &e) {
 			e.why = content.noChunks()
@@ -201,6 +223,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 		return 0, err
 	}
 	content.started()
+	report.became(stateRunning)
 	word := byte(wordReady)
 	if content.s3Variables {
 		word = wordS3

@@ -109,11 +109,7 @@ func (c *caller) withInit(first, own []string) {
 // boot takes it from its arguments; started through a link, the link's path is
 // the program (--entrypoint, exec, a health check), relative to cwd if it is.
 func requested(execPath, cwd string, args []string) (program string, argv []string, err error) {
-	absolute := execPath
-	if !filepath.IsAbs(execPath) {
-		absolute = filepath.Join(cwd, execPath)
-	}
-	if filepath.Clean(absolute) != bootimage.BootPath {
+	if !isBoot(execPath, cwd) {
 		if !strings.Contains(execPath, "/") {
 			execPath = "./" + execPath // not on PATH: it was found already
 		}
@@ -123,6 +119,14 @@ func requested(execPath, cwd string, args []string) (program string, argv []stri
 		return "", nil, fmt.Errorf("no program to run: the image has no entrypoint and no command; name one behind the image")
 	}
 	return args[1], args[1:], nil
+}
+
+// isBoot reports whether execPath is boot's own, relative to cwd if it is.
+func isBoot(execPath, cwd string) bool {
+	if !filepath.IsAbs(execPath) {
+		execPath = filepath.Join(cwd, execPath)
+	}
+	return filepath.Clean(execPath) == bootimage.BootPath
 }
 
 // isScript reports whether the file that was started is another than the

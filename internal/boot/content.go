@@ -12,6 +12,7 @@ import (
 	"net/netip"
 	"net/url"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -48,6 +49,7 @@ type content struct {
 	memory       memory
 	cacheSize    *int64 // bytes, 0: any; nil: what is usual
 	cacheReserve nodecache.Reserve
+	hasCache     bool
 	sharedCache  bool          // the cache outlives the container
 	s3Variables  bool          // the variables with credentials for S3 are boot's, not the app's
 	offline      *noNetwork    // stands for the stores that are reached over a network; nil if they may be
@@ -97,7 +99,7 @@ func (c *content) openFetcher(ownCache bool) {
 	}
 	o := chunkstore.FetcherOptions{Digest: c.index.Digest(), Stores: c.upstream, Log: c.faults}
 	if cache != nil {
-		o.Cache = cache
+		o.Cache, c.hasCache = cache, true
 	}
 	if c.hold {
 		o.Hold = c.sayHold
@@ -290,6 +292,7 @@ func (c *content) serve(dir string) error {
 		ReadTimeout:  c.patience(),
 		Log:          c.faults,
 		Name:         "bootfs",
+		Place:        filepath.Base(bootimage.Dir),
 	})
 	return err
 }

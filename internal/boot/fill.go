@@ -29,8 +29,9 @@ func isFilled(config *bootimage.Config) bool {
 
 // leadFilled fills the root and becomes the caller's program. It returns
 // only if it cannot, or if a signal ends the container meanwhile.
-func leadFilled(c *caller, content *content, signals <-chan os.Signal, out *console) (int, error) {
+func leadFilled(c *caller, content *content, report *reporter, signals <-chan os.Signal, out *console) (int, error) {
 	content.openFetcher(false)
+	report.opened(content)
 	content.warnOfHiddenChanges()
 	// An image that was filled by another index and converted again.
 	if err := os.Remove(bootimage.FilledPath); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -44,7 +45,7 @@ func leadFilled(c *caller, content *content, signals <-chan os.Signal, out *cons
 		if err := content.initVolumes(ctx, out); err != nil {
 			return err
 		}
-		return content.fillRoot(ctx, out)
+		return content.fillRoot(ctx, report, out)
 	})
 	if err != nil || status != 0 {
 		return status, err
@@ -93,7 +94,7 @@ func endsFill(s unix.Signal) bool {
 
 // fillRoot writes the root image over the files of the boot image and notes that
 // this is done.
-func (c *content) fillRoot(ctx context.Context, out *console) error {
+func (c *content) fillRoot(ctx context.Context, report *reporter, out *console) error {
 	c.removeMarks()
 	meter := newMeter(out, "filling the root")
 	defer meter.stop()
@@ -101,7 +102,7 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 	if err != nil {
 		return fmt.Errorf("fill the root: %w", err)
 	}
-	report, err := fill.Root(ctx, "/", fill.Options{
+	filled, err := fill.Root(ctx, "/", fill.Options{
 		Meta:     c.meta,
 		Index:    c.index,
 		Fetcher:  c.fetcher,
@@ -117,7 +118,7 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 	}
 	c.close()
 	c.started()
-	for _, line := range report.Left {
+	for _, line := range filled.Left {
 		c.log.Warn("not in the root: " + line)
 	}
 	detachOwn(c.log)
@@ -129,10 +130,13 @@ func (c *content) fillRoot(ctx context.Context, out *console) error {
 			return fmt.Errorf("bring the engine's users into the root: %w", err)
 		}
 	}
+	if err := report.keepStatus(); err != nil {
+		c.log.Info("the status is not kept: " + err.Error())
+	}
 	if err := noteFilled(c.config.IndexDigest); err != nil {
 		return fmt.Errorf("fill the root: %w", err)
 	}
-	c.log.Info("the root is filled in place", "files", report.Files, "bytes", report.Bytes, "resumed", report.Resumed)
+	c.log.Info("the root is filled in place", "files", filled.Files, "bytes", filled.Bytes, "resumed", filled.Resumed)
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,6 +33,16 @@ type console struct {
 	level    slog.Level
 	terminal bool // lines can be rewritten in place
 	queue    chan utterance
+	meter    atomic.Pointer[meter] // of what takes long at present
+}
+
+// doing is what takes long at present, and how far it has come; "" for nothing.
+func (c *console) doing() string {
+	m := c.meter.Load()
+	if m == nil {
+		return ""
+	}
+	return m.line(time.Since(m.began))
 }
 
 // utterance is what is written at once.

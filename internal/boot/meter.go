@@ -26,6 +26,7 @@ type meter struct {
 
 func newMeter(out *console, what string) *meter {
 	m := &meter{out: out, what: what, began: time.Now(), end: make(chan struct{}), ended: make(chan struct{})}
+	out.meter.Store(m)
 	go m.run()
 	return m
 }
@@ -92,6 +93,7 @@ func (m *meter) line(after time.Duration) string {
 }
 
 func (m *meter) stop() {
+	m.out.meter.CompareAndSwap(m, nil)
 	close(m.end)
 	<-m.ended
 }

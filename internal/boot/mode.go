@@ -23,6 +23,16 @@ const (
 	modeFill             // it is written over the boot image's files, all of it
 )
 
+func (m mode) String() string {
+	switch m {
+	case modeFuse:
+		return "fuse"
+	case modeFill:
+		return "fill"
+	}
+	return "auto"
+}
+
 // choose returns the mode of this start, and why it is not modeFuse where
 // modeAuto could not have that. Nothing is changed to find out.
 func choose(s *settings, c *bootimage.Config) (m mode, why string, err error) {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync/atomic"
 	"time"
 
 	"github.com/moby/sys/capability"
@@ -51,12 +52,15 @@ type meeting struct {
 	listener *net.UnixListener
 	stands   chan struct{} // closed once the root stands
 	word     byte          // that followers get then; one of those below
+	reporter atomic.Pointer[reporter]
 }
 
 const (
 	wordReady = 1
 	wordS3    = 2 // ready, and the variables with credentials for S3 are boot's own
 	wordWait  = 3 // not yet
+
+	askStatus = 's' // is sent by who wants to know the status before the root stands
 )
 
 func meetingAddress(dir string) (*net.UnixAddr, error) {
@@ -139,12 +143,17 @@ func (m *meeting) answer() {
 		}
 		go func() {
 			defer conn.Close()
+			asked := make(chan struct{})
+			go m.listen(conn, asked)
 			patience := time.NewTicker(patienceEvery)
 			defer patience.Stop()
 			for {
 				select {
 				case <-m.stands:
 					_, _ = conn.Write([]byte{m.word})
+					return
+				case <-asked:
+					m.tell(conn)
 					return
 				case <-patience.C:
 					if _, err := conn.Write([]byte{wordWait}); err != nil {
@@ -153,6 +162,34 @@ func (m *meeting) answer() {
 				}
 			}
 		}()
+	}
+}
+
+// listen closes asked when the follower wants to know the status. Whoever is on
+// the same network can connect: one in no PID namespace of this container is not
+// answered. After the start the app could ask, too, and nobody is.
+func (m *meeting) listen(conn net.Conn, asked chan struct{}) {
+	var b [1]byte
+	if _, err := conn.Read(b[:]); err != nil || b[0] != askStatus {
+		return
+	}
+	if peer, err := peerOf(conn.(*net.UnixConn)); err == nil && peer.Pid != 0 {
+		close(asked)
+	}
+}
+
+// tell writes the status, unless the root stands by now: then that is what the
+// follower is told.
+func (m *meeting) tell(conn net.Conn) {
+	_ = conn.SetWriteDeadline(time.Now().Add(tellTimeout))
+	select {
+	case <-m.stands:
+		_, _ = conn.Write([]byte{m.word})
+		return
+	default:
+	}
+	if r := m.reporter.Load(); r != nil {
+		_ = r.writeStatus(conn)
 	}
 }
 
@@ -168,21 +205,11 @@ func (m *meeting) ready(word byte) {
 // await waits at the meeting in dir for the word of the container's boot. It
 // returns errNoBoot where there is none.
 func await(dir string) (word byte, err error) {
-	addr, err := meetingAddress(dir)
+	conn, err := dialMeeting(dir)
 	if err != nil {
 		return 0, err
-	}
-	conn, err := net.DialUnix("unix", nil, addr)
-	if errors.Is(err, unix.ECONNREFUSED) {
-		return 0, errNoBoot
-	}
-	if err != nil {
-		return 0, fmt.Errorf("reach the container's boot: %w", err)
 	}
 	defer conn.Close()
-	if err := sameNamespaceRoot(conn); err != nil {
-		return 0, err
-	}
 	for {
 		_ = conn.SetReadDeadline(time.Now().Add(followTimeout))
 		var b [1]byte
@@ -195,6 +222,27 @@ func await(dir string) (word byte, err error) {
 			return b[0], nil
 		}
 	}
+}
+
+// dialMeeting reaches the container's boot at the meeting in dir. It returns
+// errNoBoot where there is none.
+func dialMeeting(dir string) (*net.UnixConn, error) {
+	addr, err := meetingAddress(dir)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := net.DialUnix("unix", nil, addr)
+	if errors.Is(err, unix.ECONNREFUSED) {
+		return nil, errNoBoot
+	}
+	if err != nil {
+		return nil, fmt.Errorf("reach the container's boot: %w", err)
+	}
+	if err := sameNamespaceRoot(conn); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return conn, nil
 }
 
 // follow enters the root that the boot of the container has mounted and becomes
@@ -210,24 +258,31 @@ func follow(c *caller, s3 bool) error {
 // sameNamespaceRoot refuses an answer from a process that cannot be this
 // container's boot: on the host's network, any process may take any name.
 func sameNamespaceRoot(conn *net.UnixConn) error {
+	peer, err := peerOf(conn)
+	if err != nil {
+		return fmt.Errorf("identify the container's boot: %w", err)
+	}
+	if peer.Pid == 0 || peer.Uid != 0 {
+		return fmt.Errorf("the meeting point of this container is held by a process of uid %d outside it: it cannot be started on this network namespace", peer.Uid)
+	}
+	return nil
+}
+
+// peerOf returns who was at the other end when the connection was made. Its Pid
+// is 0 if that is in no PID namespace of this container.
+func peerOf(conn *net.UnixConn) (*unix.Ucred, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var peer *unix.Ucred
 	var peerErr error
 	if err := raw.Control(func(fd uintptr) {
 		peer, peerErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
 	}); err != nil {
-		return err
+		return nil, err
 	}
-	if peerErr != nil {
-		return fmt.Errorf("identify the container's boot: %w", peerErr)
-	}
-	if peer.Pid == 0 || peer.Uid != 0 {
-		return fmt.Errorf("the meeting point of this container is held by a process of uid %d outside it: it cannot be started on this network namespace", peer.Uid)
-	}
-	return nil
+	return peer, peerErr
 }
 
 // enterRoot moves the calling thread to the topmost root of its own mount

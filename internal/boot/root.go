@@ -20,6 +20,7 @@ import (
 // root is the container's new root, standing.
 type root struct {
 	masks []mask // what the engine hides and protects below /proc
+	top   int    // its directory, O_PATH
 }
 
 // makeRoot mounts the root image and a writable layer on it, brings the engine's
@@ -71,7 +72,6 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", bootimage.RootPath, err)
 	}
-	defer unix.Close(top)
 	if err := engine.copyInto(top); err != nil {
 		return nil, err
 	}
@@ -89,7 +89,7 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 	if err := unix.MoveMount(top, "", unix.AT_FDCWD, "/", unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return nil, fmt.Errorf("switch the root: %w", err)
 	}
-	return &root{masks: engine.masks}, nil
+	return &root{masks: engine.masks, top: top}, nil
 }
 
 // mountWritable mounts the overlay of the root image at bootimage.RootPath. Its

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -74,26 +75,57 @@ const stopWait = time.Second
 type prefetching struct {
 	cancel context.CancelFunc
 	done   chan struct{}
+
+	mu sync.Mutex // guards what follows
+	is prefetchStatus
+}
+
+// runs notes what is fetched now, and ended how that ended.
+func (p *prefetching) runs(what string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.is = prefetchStatus{What: what, State: "running"}
+}
+
+func (p *prefetching) ended(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.is.State = "done"
+	if err != nil {
+		p.is.State, p.is.Error = "failed", err.Error()
+	}
+}
+
+func (p *prefetching) status() prefetchStatus {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.is
 }
 
 // startPrefetch fetches the start set, then, where a cache that outlives the
 // container takes it, the rest.
 func startPrefetch(c *content, s *settings, log *logger) *prefetching {
 	ctx, cancel := context.WithCancel(context.Background())
-	p := &prefetching{cancel: cancel, done: make(chan struct{})}
+	p := &prefetching{cancel: cancel, done: make(chan struct{}), is: prefetchStatus{What: "none", State: "off"}}
 	go func() {
 		defer close(p.done)
 		if s.prefetch == prefetchNone {
 			return
 		}
-		if err := c.prefetchStart(ctx); err != nil {
+		p.runs("start")
+		err := c.prefetchStart(ctx)
+		p.ended(err)
+		if err != nil {
 			if ctx.Err() == nil && c.offline == nil { // where it is said of those that are read
 				log.Warn("the chunks of a start could not be fetched ahead: " + err.Error())
 			}
 			return
 		}
 		if s.prefetch == prefetchAll || s.prefetch == prefetchAuto && c.sharedCache {
-			if err := c.prefetchAll(ctx); err != nil && ctx.Err() == nil && c.offline == nil {
+			p.runs("all")
+			err := c.prefetchAll(ctx)
+			p.ended(err)
+			if err != nil && ctx.Err() == nil && c.offline == nil {
 				log.Warn("the image could not be fetched ahead: " + err.Error())
 			}
 		}

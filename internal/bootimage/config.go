@@ -18,6 +18,8 @@ const (
 	TmpPath       = Dir + "/tmp"          // mount point of a tmpfs, where the volume cannot serve
 	FillDir       = Dir + "/fill"         // state of a fill in place, while it is not complete
 	FilledPath    = Dir + "/filled"       // names the index by which the root was filled; absent until it is complete
+	StatusPath    = Dir + "/status.json"  // in a filled root, how the fill went
+	SocketPath    = Dir + "/status"       // in a mounted root, for what the engine brings in: where boot tells how it is
 	CertsDir      = Dir + "/certs.d"      // how registries and web servers are reached, as containerd and docker have it
 	SecretsDir    = Dir + "/secrets"      // credentials that are bootfs's own
 	SecretsPrefix = "/run/secrets/bootfs" // the same, as Docker mounts secrets

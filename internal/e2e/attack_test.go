@@ -57,7 +57,8 @@ call("unshare", 0x10000000)
 call("syscall", open_tree, -100, b"/", 1)
 call("prctl", 23, 21, 0, 0, 0) # is SYS_ADMIN in the bounding set
 
-# The server: it cannot be named, and its meeting point says nothing.
+# The server: it cannot be named, and its meeting point says nothing, not even
+# how it is doing.
 got("parent", os.getppid())
 got("processes", [p for p in os.listdir("/proc") if p.isdigit() and p != str(os.getpid())])
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
@@ -65,7 +66,7 @@ names = [l.split()[-1][1:] for l in open("/proc/net/unix") if "@bootfs/" in l]
 said, flood = set(), []
 for _ in range(1000):
     for n in names:
-        s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect("\0" + n); flood.append(s)
+        s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect("\0" + n); s.send(b"s"); flood.append(s)
 for s in flood: said.add((s.recv(9), s.recv(9)))
 got("meeting point", said)
 `

@@ -20,7 +20,8 @@ func TestExecLandsInTheRoot(t *testing.T) {
 	eventually(t, "the container runs", func() bool { return docker(t, "exec", id, "true").code == 0 })
 	docker(t, "exec", id, "head", "-n", "1", "/app/main.py").want(t, "\"\"\"Loads what most Python services load, does a little work and says so.\"\"\"\n")
 	docker(t, "exec", "--user", "nobody", "--workdir", "/usr", id, "sh", "-c", "id -un; pwd").want(t, "nobody\n/usr\n")
-	docker(t, "exec", id, "ls", "-A", "/.bootfs").notFound(t)
+	docker(t, "exec", id, "ls", "-A", "/.bootfs").want(t, "boot\nstatus\n")
+	docker(t, "exec", id, "/.bootfs/boot", "id", "-un").want(t, "app\n")
 	if r := docker(t, "exec", id, "sh", "-c", "exit 3"); r.code != 3 {
 		t.Errorf("%+v", r)
 	}

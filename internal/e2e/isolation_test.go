@@ -72,6 +72,12 @@ planted()
 print("rights in the bounding set", [c for c in range(41) if libc.prctl(23, c, 0, 0, 0) == 1])
 print("setuid programs", subprocess.run("find / -xdev -path /planted -prune -o -perm /6000 -type f -print | sort", shell=True, capture_output=True, text=True).stdout.split())
 print("descriptors", sorted(os.listdir("/proc/self/fd"))[:-1])
+
+# What boot has for execs.
+print("listed", ".bootfs" in os.listdir("/"), subprocess.run("find / -xdev -maxdepth 1 -name .bootfs; grep bootfs/ /proc/self/mountinfo", shell=True, capture_output=True, text=True).stdout)
+for f in (os.stat, os.listdir, os.chdir, os.rmdir, lambda p: os.rename(p, "/other"), lambda p: os.chmod(p, 0o777), lambda p: os.open(p + "/boot", os.O_RDONLY), lambda p: os.stat(p + "/status")):
+    try: print("there:", f("/.bootfs"))
+    except OSError as e: print("not there:", e.strerror)
 `
 
 // inExec is what a program does that was brought in by docker exec as root: it
@@ -97,6 +103,19 @@ print("its descriptors", [result(libc.syscall(438, fd, n, 0)) for n in (0, 5, 10
 os.kill(1, 9)
 print("killed, and still there")
 
+# Boot's corner: nothing can be put there, and nobody is more than he is by it.
+print("corner", sorted(os.listdir("/.bootfs")), oct(os.stat("/.bootfs/boot").st_mode & 0o7777))
+for f in ("boot", "status", "new"): print("write", f, errors(open, "/.bootfs/" + f, "ab"))
+for f in ("boot", "status"): print("remove", f, errors(os.unlink, "/.bootfs/" + f))
+print("remove", errors(os.rmdir, "/.bootfs"), "rename", errors(os.rename, "/.bootfs", "/other"))
+print("flags", [l.split()[5] for l in open("/proc/self/mountinfo") if l.split()[4].startswith("/.bootfs")], ".bootfs" in os.listdir("/"))
+if os.fork() == 0:
+    os.setuid(1000)
+    print("another user", errors(lambda: int(next(l for l in os.popen("/.bootfs/boot cat /proc/self/status") if l.startswith("Uid")).split()[2]) == 0), flush=True)
+    print("told", errors(lambda: '"version":1' in os.popen("/.bootfs/boot status --json").read()), flush=True)
+    os._exit(0)
+os.wait()
+
 # The root that the engine made lies below this one: what was mounted for boot
 # is in it no more.
 namespace = os.open("/proc/self/ns/mnt", os.O_RDONLY)
@@ -104,7 +123,7 @@ libc.umount2(b"/", 2)
 print("below", result(libc.setns(namespace, 0)), os.path.exists("/.bootfs/boot"))
 for d in ("rootfs.castr", "rw", "secrets", "lower", "root", "tmp"): print(d, errors(os.listdir, "/.bootfs/" + d) if not os.path.isdir("/.bootfs/" + d) else os.listdir("/.bootfs/" + d))
 print("login", os.path.exists("/run/secrets/bootfs-login") and os.path.getsize("/run/secrets/bootfs-login"))
-print("mounts of boot", [l for l in open("/proc/self/mountinfo") if "bootfs-login" in l or " /.bootfs/" in l.split(" - ")[0]])
+print("mounts of boot", [l for l in open("/proc/self/mountinfo") if "bootfs-login" in l or " /.bootfs/" in l.split(" - ")[0] and " /.bootfs/boot " not in l])
 `
 
 const inExecSays = `SYS_ADMIN 1 seccomp 2
@@ -118,6 +137,16 @@ ptrace EPERM seize EPERM
 memory EPERM
 its descriptors ['EPERM', 'EPERM', 'EPERM']
 killed, and still there
+corner ['boot', 'status'] 0o4755
+write boot EROFS
+write status ENXIO
+write new EROFS
+remove boot EBUSY
+remove status EROFS
+remove EBUSY rename EBUSY
+flags ['ro,nosuid,nodev,relatime', 'ro,nosuid,nodev,relatime'] False
+another user False
+told opened
 below done True
 rootfs.castr []
 rw []

@@ -1,0 +1,105 @@
+package boot
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/bootimage"
+)
+
+const (
+	// maxAsking is how many are told the status at a time.
+	maxAsking = 8
+	// tellTimeout bounds how long one of them takes to read it.
+	tellTimeout = 5 * time.Second
+)
+
+// openCorner mounts bootimage.Dir in the root whose directory is top, with boot's
+// binary and the socket of the status. It shows in the mount namespace of boot,
+// which is that of what the engine brings in; the app's was copied before. The
+// root image has a place for it that nobody sees (mount.Options.Place).
+//
+// It is called while the app starts, so that it costs the start nothing.
+func openCorner(top int, r *reporter) error {
+	const tmp = bootimage.TmpPath
+	at, err := unix.Openat2(top, filepath.Base(bootimage.Dir), &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return fmt.Errorf("%s in the root: %w", bootimage.Dir, err)
+	}
+	defer unix.Close(at)
+	if err := unix.Mount("bootfs", tmp, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0555,size=16k"); err != nil {
+		return fmt.Errorf("mount a tmpfs at %s: %w", tmp, err)
+	}
+	l, err := fillCorner(tmp)
+	if err == nil {
+		if err = unix.MoveMount(unix.AT_FDCWD, tmp, at, "", unix.MOVE_MOUNT_T_EMPTY_PATH); err == nil {
+			go serveStatus(l, r)
+			return nil
+		}
+		l.Close()
+	}
+	return errors.Join(err, unix.Unmount(tmp, unix.MNT_DETACH))
+}
+
+// fillCorner makes what is in it, in dir.
+func fillCorner(dir string) (*net.UnixListener, error) {
+	binary, socket := filepath.Join(dir, filepath.Base(bootimage.BootPath)), filepath.Join(dir, filepath.Base(bootimage.SocketPath))
+	if err := os.WriteFile(binary, nil, 0o555); err != nil {
+		return nil, err
+	}
+	if err := unix.Mount(bootimage.BootPath, binary, "", unix.MS_BIND, ""); err != nil {
+		return nil, fmt.Errorf("bind %s: %w", bootimage.BootPath, err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Net: "unix", Name: socket})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false) // by a name that is another's then
+	err = os.Chmod(socket, 0o666)
+	for _, p := range []string{binary, dir} {
+		err = errors.Join(err, unix.Mount("", p, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|unix.MS_NOSUID|unix.MS_NODEV, ""))
+	}
+	if err != nil {
+		l.Close()
+		return nil, fmt.Errorf("protect %s: %w", dir, err)
+	}
+	return l, nil
+}
+
+// serveStatus writes the status to everybody who connects.
+func serveStatus(l net.Listener, r *reporter) {
+	serveEach(l, maxAsking, tellTimeout, func(conn net.Conn) { _ = r.writeStatus(conn) })
+}
+
+// serveEach has each connection answered, at most so many at a time; the others
+// wait in the kernel's queue. What is not done in time fails.
+func serveEach(l net.Listener, most int, timeout time.Duration, answer func(net.Conn)) {
+	free := make(chan struct{}, most)
+	for {
+		free <- struct{}{}
+		conn, err := l.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil {
+			// Descriptors can run out.
+			time.Sleep(acceptPause)
+			<-free
+			continue
+		}
+		go func() {
+			defer func() { <-free }()
+			defer conn.Close()
+			_ = conn.SetDeadline(time.Now().Add(timeout))
+			answer(conn)
+		}()
+	}
+}
