@@ -136,10 +136,7 @@ func askMeeting() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if _, err := conn.Write([]byte{askStatus}); err != nil {
-		conn.Close()
-		return nil, errNoBoot
-	}
+	_, _ = conn.Write([]byte{askStatus}) // it may have said its word already
 	return readAnswer(conn)
 }
 

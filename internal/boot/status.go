@@ -314,10 +314,16 @@ func (s *status) stateInWords() string {
 		return "the root is mounted (" + s.Mode + "), for " + up
 	case s.State == stateFilled:
 		return "the root is filled in place (" + s.Mode + "), in " + up + ", " + ago(s.Started)
-	case s.Doing != "":
-		return "starting (" + s.Mode + "), for " + up + ": " + s.Doing
 	}
-	return "starting, for " + up
+	text := "starting"
+	if s.Mode != "" {
+		text += " (" + s.Mode + ")"
+	}
+	text += ", for " + up
+	if s.Doing != "" {
+		text += ": " + s.Doing
+	}
+	return text
 }
 
 func megabytes(n int64) string { return fmt.Sprintf("%.1f MB", float64(n)/1e6) }

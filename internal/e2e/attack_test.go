@@ -66,8 +66,13 @@ names = [l.split()[-1][1:] for l in open("/proc/net/unix") if "@bootfs/" in l]
 said, flood = set(), []
 for _ in range(1000):
     for n in names:
-        s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect("\0" + n); s.send(b"s"); flood.append(s)
-for s in flood: said.add((s.recv(9), s.recv(9)))
+        s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect("\0" + n); flood.append(s)
+        try: s.send(b"s")
+        except OSError: pass # it has said its word and gone
+def heard(s):
+    try: return s.recv(9)
+    except ConnectionResetError: return b""
+for s in flood: said.add((heard(s), heard(s)))
 got("meeting point", said)
 `
 

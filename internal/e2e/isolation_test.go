@@ -84,7 +84,7 @@ for f in (os.stat, os.listdir, os.chdir, os.rmdir, lambda p: os.rename(p, "/othe
 // shares boot's PID and mount namespaces and has the capabilities of the
 // container.
 const inExec = `
-import ctypes, errno, glob, os
+import ctypes, errno, glob, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 def errors(f, *args):
     try: return f(*args) and "opened"
@@ -109,6 +109,7 @@ for f in ("boot", "status", "new"): print("write", f, errors(open, "/.bootfs/" +
 for f in ("boot", "status"): print("remove", f, errors(os.unlink, "/.bootfs/" + f))
 print("remove", errors(os.rmdir, "/.bootfs"), "rename", errors(os.rename, "/.bootfs", "/other"))
 print("flags", [l.split()[5] for l in open("/proc/self/mountinfo") if l.split()[4].startswith("/.bootfs")], ".bootfs" in os.listdir("/"))
+sys.stdout.flush()
 if os.fork() == 0:
     os.setuid(1000)
     print("another user", errors(lambda: int(next(l for l in os.popen("/.bootfs/boot cat /proc/self/status") if l.startswith("Uid")).split()[2]) == 0), flush=True)
@@ -138,10 +139,10 @@ memory EPERM
 its descriptors ['EPERM', 'EPERM', 'EPERM']
 killed, and still there
 corner ['boot', 'status'] 0o4755
-write boot EROFS
+write boot ETXTBSY
 write status ENXIO
 write new EROFS
-remove boot EBUSY
+remove boot EROFS
 remove status EROFS
 remove EBUSY rename EBUSY
 flags ['ro,nosuid,nodev,relatime', 'ro,nosuid,nodev,relatime'] False

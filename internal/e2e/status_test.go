@@ -4,9 +4,13 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // bootStatus is what boot tells as JSON, as far as these tests look at it. Its names
@@ -32,12 +36,12 @@ type bootStatus struct {
 	Reads  struct{ Total, Failed, Waiting int64 }
 	Memory struct{ Chunks, Bytes int64 }
 	Cache  struct {
-		Kind                             string
-		LimitBytes                       int64
+		Kind                            string
+		LimitBytes                      int64
 		Chunks, Bytes, Written, Corrupt int64
 	}
 	Stores []struct {
-		Name, State, LastError                      string
+		Name, State, LastError                        string
 		Chunks, Bytes, StoredBytes, Failures, Corrupt int64
 	}
 	SlowestFetch *struct {
@@ -127,13 +131,118 @@ func TestStatus(t *testing.T) {
 	eventually(t, "an eviction shows", func() bool { return statusOf(t, id).Local.RegistryNeeded })
 }
 
-// TestStatusOfTrouble asks a container whose registry fails.
-func TestStatusOfTrouble(t *testing.T) {
-	id := start(t, "--env", "BOOTFS_PREFETCH=none", w.image, "sleep", "600")
-	eventually(t, "the container runs", func() bool { return docker(t, "exec", id, "true").code == 0 })
+// TestStatusInTrouble asks a container whose boot waits for a registry that does
+// not answer, before its program runs and later, and one whose boot is stopped.
+func TestStatusInTrouble(t *testing.T) {
 	release := w.proxy.hold(t)
-	go docker(t, "exec", id, "python3", "-c", "import ssl")
+	for _, c := range []struct {
+		mode  string
+		flags []string
+		doing string
+	}{{"fuse", flags, ""}, {"fill", fillFlags, "filling the root"}} {
+		id := startWith(t, c.flags, "--env", "BOOTFS_PREFETCH=none", w.image, "python3", "-c", "import time; time.sleep(600)")
+		for _, user := range []string{"root", "nobody"} {
+			var r result
+			eventually(t, "the status can be asked for", func() bool {
+				r = docker(t, "exec", "--user", user, id, "/.bootfs/boot", "status")
+				t.Logf("%+v", r)
+				return r.code == 0 && strings.Contains(r.stdout, "starting ("+c.mode+")") && strings.Contains(r.stdout, c.doing)
+			})
+			if !strings.Contains(r.stdout, "store     registry://"+w.proxy.address) {
+				t.Errorf("%s: %+v", c.mode, r)
+			}
+		}
+		if c.mode == "fuse" {
+			docker(t, "exec", id, "ls", "-A", "/.bootfs").want(t, "boot\nstatus\n")
+		}
+		docker(t, "kill", id)
+	}
+	release()
+
+	id := start(t, "--env", "BOOTFS_PREFETCH=none", w.image, "sleep", "600")
+	eventually(t, "the container runs", func() bool { return docker(t, "exec", id, "python3", "-c", "pass").code == 0 })
+	release = w.proxy.hold(t)
+	read := make(chan result, 1)
+	go func() { read <- docker(t, "exec", id, "python3", "-c", "import ssl, sqlite3, json; print('read')") }()
 	eventually(t, "a read waits", func() bool { return statusOf(t, id).Reads.Waiting > 0 })
 	release()
+	(<-read).want(t, "read\n")
 	eventually(t, "none waits", func() bool { return statusOf(t, id).Reads.Waiting == 0 })
+
+	pid, err := strconv.Atoi(strings.TrimSpace(docker(t, "inspect", "--format", "{{.State.Pid}}", id).stdout))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Kill(pid, unix.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	began := time.Now()
+	r := docker(t, "exec", id, "/.bootfs/boot", "status")
+	if err := unix.Kill(pid, unix.SIGCONT); err != nil {
+		t.Error(err)
+	}
+	if took := time.Since(began); r.code != 1 || r.stdout != "" || !strings.Contains(r.stderr, "does not answer within 5s") || strings.Count(r.stderr, "\n") != 1 || took > 30*time.Second {
+		t.Errorf("a boot that is stopped, after %v: %+v", took, r)
+	}
+	if s := statusOf(t, id); s.State != "running" {
+		t.Errorf("a boot that goes on: %+v", s)
+	}
+}
+
+// TestStatusByMode asks containers of all kinds, as users of all kinds, and gives
+// an image's own program of that name its place.
+func TestStatusByMode(t *testing.T) {
+	_, image := fidelityImage(t, "plain")
+	for _, c := range []struct {
+		name  string
+		flags []string
+		mode  string
+		why   string
+	}{
+		{"mounted", flags, "fuse", ""},
+		{"asked for", append(slices.Clone(flags), "--env", "BOOTFS_MODE=fuse"), "fuse", "asked for with BOOTFS_MODE"},
+		{"read-only", append(slices.Clone(flags), "--read-only"), "fuse", ""},
+		{"under an init, of a user", append(slices.Clone(flags), "--init", "--user", "1000"), "fuse", ""},
+		{"with the host's processes", append(slices.Clone(flags), "--pid", "host"), "fuse", ""},
+		{"filled", []string{"--network", "host", "--env", "BOOTFS_LOG=quiet"}, "fill", "to mount it and start at once"},
+		{"filled, under an init, of a user", append(slices.Clone(fillFlags), "--init", "--user", "1000"), "fill", "asked for with BOOTFS_MODE"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			id := startWith(t, c.flags, "--env", "BOOTFS_PREFETCH=none", image, "sleep", "600")
+			state := map[string]string{"fuse": "running", "fill": "filled"}[c.mode]
+			var s *bootStatus
+			eventually(t, "it runs", func() bool {
+				r := docker(t, "exec", id, "/.bootfs/boot", "status", "--json")
+				return r.code == 0 && json.Unmarshal([]byte(r.stdout), &s) == nil && s.State == state
+			})
+			if s.Mode != c.mode || c.why == "" && s.Why != "" || !strings.Contains(s.Why, c.why) {
+				t.Errorf("%s because %q, want %s because %q", s.Mode, s.Why, c.mode, c.why)
+			}
+			if c.mode == "fill" && (s.Local == nil || s.Local.RegistryNeeded || s.Local.Chunks != s.Image.Chunks || s.Stores[0].Chunks == 0) {
+				t.Errorf("%+v", s)
+			}
+			for _, user := range []string{"0", "1000", "12345"} {
+				if s := statusOf(t, id, "--user", user, "--workdir", "/"); s.State != state {
+					t.Errorf("told user %s: %+v", user, s)
+				}
+			}
+			if r := docker(t, "exec", id, "/.bootfs/boot", "status", "--yaml"); r.code != 2 || !strings.Contains(r.stderr, "usage: /.bootfs/boot status [--json]") {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
+
+	// A program of the image's that is called status.
+	dir := t.TempDir()
+	program := filepath.Join(dir, "status")
+	if err := os.WriteFile(program, []byte("#!/bin/sh\necho the program \"$@\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range [][]string{flags, append(slices.Clone(flags), "--init"), fillFlags} {
+		args := slices.Concat([]string{"run", "--volume", program + ":/bin/status"}, f, []string{image, "status", "--json"})
+		docker(t, append([]string{args[0], "--rm"}, args[1:]...)...).want(t, "the program --json\n")
+	}
+	id := startFilled(t, "--volume", program+":/bin/status", image, "status")
+	docker(t, "wait", id).want(t, "0\n")
+	docker(t, "start", "--attach", id).want(t, "the program\n")
 }
