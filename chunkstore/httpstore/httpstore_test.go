@@ -292,6 +292,35 @@ func TestFetcherRidesOutFaults(t *testing.T) {
 	}
 }
 
+// TestDeadConnections: when all connections have died without a word, as after a
+// sleep of the machine, a read does not wait until they are found stalled.
+func TestDeadConnections(t *testing.T) {
+	t.Parallel()
+	base, proxy, ids, frames := faulty(t, 20)
+	tcp, err := faultproxy.NewTCP(proxy.Addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(tcp.Close)
+	st := open(t, strings.Replace(base, proxy.Addr(), tcp.Addr(), 1), Options{Stall: 5 * time.Minute})
+	f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: index.SHA256, Stores: []chunkstore.Store{st}})
+	defer f.Close()
+	for i, id := range ids {
+		if i%5 == 4 {
+			tcp.Deaden()
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+		plain, err := f.Fetch(ctx, index.Chunk{ID: id, Size: 60_000 + i}, nil)
+		cancel()
+		if err != nil || !bytes.Equal(chunkstore.Encode(nil, plain), frames[id]) {
+			t.Fatalf("chunk %d: got %d bytes, %v", i, len(plain), err)
+		}
+	}
+	if s := f.Stats().Stores[0]; s.Hedges < 4 || s.Failures != 0 {
+		t.Errorf("got %+v, want a second request for each of 4 and no failure", s)
+	}
+}
+
 // serve starts a server of one handler and returns a store there.
 func serve(t testing.TB, o Options, h http.HandlerFunc) *Store {
 	t.Helper()

@@ -380,6 +380,40 @@ func TestSilence(t *testing.T) {
 	}
 }
 
+// TestDeadConnection: when the connection has died without a word, as after a sleep
+// of the machine, a read does not wait until it is found silent.
+func TestDeadConnection(t *testing.T) {
+	t.Parallel()
+	for _, scheme := range []string{"ssh", "sftp"} {
+		t.Run(scheme, func(t *testing.T) {
+			t.Parallel()
+			server := startServer(t)
+			p := startProxy(t, server.addr, 0)
+			dir := t.TempDir()
+			ids := fill(t, dir, 20)
+			o := server.options()
+			o.HostKeys = []string{strings.SplitN(server.hostKey, " ", 2)[1]}
+			o.Stall = 5 * time.Minute
+			f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Stores: []chunkstore.Store{server.openAt(scheme, p.addr, dir, o)}})
+			defer f.Close()
+			for i, id := range ids {
+				if i%5 == 4 {
+					p.silence()
+				}
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+				_, err := f.Fetch(ctx, index.Chunk{ID: id, Size: 3000}, nil)
+				cancel()
+				if err != nil {
+					t.Fatalf("chunk %d: %v", i, err)
+				}
+			}
+			if s := f.Stats().Stores[0]; s.Hedges < 4 || s.Failures != 0 {
+				t.Errorf("got %+v, want a second request for each of 4 and no failure", s)
+			}
+		})
+	}
+}
+
 // TestStuck: a FIFO in a chunk's place makes OpenSSH's SFTP wait for ever. Who
 // waits long enough takes it down, and the others go on.
 func TestStuck(t *testing.T) {

@@ -45,7 +45,13 @@ func TestHold(t *testing.T) {
 		return got
 	}
 
-	for name, fault := range map[string]faultproxy.Fault{"503": down, "404": lost, "wrong bytes": faultproxy.Flip(40)} {
+	reads := map[string]faultproxy.Fault{"404": lost}
+	stopped := map[string][]string{"fuse": flags}
+	if soak {
+		reads["503"], reads["wrong bytes"] = down, faultproxy.Flip(40)
+		stopped["fill"] = fillFlags
+	}
+	for name, fault := range reads {
 		t.Run("read/"+name, func(t *testing.T) {
 			id := running(t)
 			f.proxy.Set(fault)
@@ -77,6 +83,8 @@ func TestHold(t *testing.T) {
 				t.Errorf("got stdout %q, log %q, want each said once", l.stdout, l.stderr)
 			}
 		})
+	}
+	for name, flags := range stopped {
 		t.Run("stop during the start/"+name, func(t *testing.T) {
 			f.proxy.Set(down)
 			id := begin(t, flags)
@@ -111,7 +119,7 @@ func TestHold(t *testing.T) {
 		})
 		id := begin(t, flags, "cat", "/data")
 		said(t, id, waits)
-		stopsWithin(t, id, 1, 1*time.Second+endsWithin, "143\n")
+		stopsWithin(t, id, 1, 1*time.Second+endsWithin, "137\n") // as PID 1 that has asked for no signal
 	})
 	t.Run("kill of a reader", func(t *testing.T) {
 		id := running(t)

@@ -14,16 +14,19 @@ type TCP struct {
 	mu       sync.Mutex // guards all below
 	listener net.Listener
 	conns    map[net.Conn]bool // both ends of each
+	age      int               // connections of an earlier age pass nothing
 	held     chan struct{}     // closed when held bytes may go on; nil: none are held
 	breaks   int               // connections that are still to be broken
 	after    int64             // bytes from the server that come before that
 	reset    bool              // they end with RST
 	rate     int               // bytes a second from the server; 0 is no limit
+
+	closed chan struct{} // by Close
 }
 
 // NewTCP starts a TCP in front of the server at upstream, "host:port".
 func NewTCP(upstream string) (*TCP, error) {
-	p := &TCP{upstream: upstream, conns: make(map[net.Conn]bool)}
+	p := &TCP{upstream: upstream, conns: make(map[net.Conn]bool), closed: make(chan struct{})}
 	if err := p.listen("127.0.0.1:0"); err != nil {
 		return nil, err
 	}
@@ -57,6 +60,7 @@ func (p *TCP) Close() {
 	p.Hold(false)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	close(p.closed)
 	p.listener.Close()
 	p.cut()
 }
@@ -94,6 +98,14 @@ func (p *TCP) Hold(hold bool) {
 	}
 }
 
+// Deaden makes all connections that stand pass nothing any more and never end, as
+// when a machine wakes up and the network has forgotten them. New ones are good.
+func (p *TCP) Deaden() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.age++
+}
+
 // Break ends n connections behind so many more bytes from the server, in order
 // or with RST; 0 heals.
 func (p *TCP) Break(n int, after int64, reset bool) {
@@ -118,11 +130,12 @@ func (p *TCP) serve(in net.Conn) {
 	}
 	p.mu.Lock()
 	p.conns[in], p.conns[out] = true, true
+	age := p.age
 	p.mu.Unlock()
 	var both sync.WaitGroup
 	end := func() { in.Close(); out.Close() }
-	both.Go(func() { defer end(); p.pass(out, in, nil) })
-	both.Go(func() { defer end(); p.pass(in, out, p.fromServer(in)) })
+	both.Go(func() { defer end(); p.pass(out, in, age, nil) })
+	both.Go(func() { defer end(); p.pass(in, out, age, p.fromServer(in)) })
 	both.Wait()
 	p.mu.Lock()
 	delete(p.conns, in)
@@ -132,7 +145,7 @@ func (p *TCP) serve(in net.Conn) {
 
 // pass copies from one to the other what allow lets through: so many bytes, at
 // so many a second, and whether the connection then ends. nil lets all through.
-func (p *TCP) pass(to, from net.Conn, allow func(b []byte) (n, rate int, end bool)) {
+func (p *TCP) pass(to, from net.Conn, age int, allow func(b []byte) (n, rate int, end bool)) {
 	buf := make([]byte, 32<<10)
 	for {
 		n, err := from.Read(buf)
@@ -140,8 +153,15 @@ func (p *TCP) pass(to, from net.Conn, allow func(b []byte) (n, rate int, end boo
 			return
 		}
 		p.mu.Lock()
-		held := p.held
+		held, dead := p.held, p.age != age
 		p.mu.Unlock()
+		if dead {
+			if err != nil {
+				<-p.closed // nobody is told
+				return
+			}
+			continue
+		}
 		if held != nil {
 			<-held
 		}
