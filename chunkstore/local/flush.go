@@ -15,7 +15,7 @@ import (
 // takes is fetched again, and neither a start nor a neighbour shall wait for the
 // disk. A chunk that is not on disk yet has a hidden name, which Get, Has, List,
 // Remove, Touch and Expire find and casync passes over. Sweep removes what a
-// killed writer has left under one.
+// killed writer has left under one, unless somebody adopts it.
 func Batched() Option {
 	return func(s *Store) { s.batched = true }
 }
@@ -76,6 +76,22 @@ func (s *Store) Flush(ctx context.Context) error {
 		}
 	}
 	return first
+}
+
+// Adopt has the next Flush see to chunk id, too, which a writer that was killed
+// may have left staged. The caller has found it to be good.
+func (s *Store) Adopt(id index.ID) {
+	shard, err := s.openShard(id)
+	if err != nil {
+		return // it is not there
+	}
+	defer unix.Close(shard)
+	if unix.Faccessat(shard, places(id)[staged], unix.F_OK, unix.AT_SYMLINK_NOFOLLOW) != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.staged = append(s.staged, id)
 }
 
 func (s *Store) manyStaged() bool {

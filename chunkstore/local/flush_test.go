@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -166,6 +167,29 @@ func TestFlushOfRemoved(t *testing.T) {
 	}
 }
 
+// TestAdopt: what a killed writer has left staged gets its name by another.
+func TestAdopt(t *testing.T) {
+	dir := t.TempDir()
+	killed, s := create(t, dir, Batched()), create(t, dir, Batched())
+	id, frame := chunk(1, 100)
+	named, namedFrame := chunk(2, 100)
+	if err := errors.Join(killed.Put(t.Context(), id, frame), s.Put(t.Context(), named, namedFrame), s.Flush(t.Context())); err != nil {
+		t.Fatal(err)
+	}
+	missing, _ := chunk(3, 100)
+	for _, id := range []index.ID{id, named, missing} {
+		s.Adopt(id)
+	}
+	if err := s.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{path(dir, id), path(dir, named)}
+	slices.Sort(want)
+	if got := files(t, dir); !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+}
+
 // TestFlushOfOne: several processes write one chunk and flush. It is there
 // afterwards, and nothing else.
 func TestFlushOfOne(t *testing.T) {
@@ -239,7 +263,7 @@ func TestPowerCutBatched(t *testing.T) {
 		}
 		cutPower(t, dir)
 		s.Close()
-		run(t, "umount", dir)
+		unmountDisk(t, disk, dir)
 	}
 	run(t, "mount", "-o", "loop", disk, dir)
 	s, err := Open(store)

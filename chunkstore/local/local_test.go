@@ -578,7 +578,7 @@ func TestPowerCut(t *testing.T) {
 		}
 		cutPower(t, dir)
 		s.Close()
-		run(t, "umount", dir)
+		unmountDisk(t, disk, dir)
 	}
 	run(t, "mount", "-o", "loop", disk, dir)
 	s, err := Open(filepath.Join(dir, "store"))
@@ -605,6 +605,26 @@ func newDisk(t *testing.T) (disk, dir string) {
 	dir = t.TempDir()
 	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	return disk, dir
+}
+
+// unmountDisk unmounts a disk for good: a namespace that was made meanwhile has
+// its mount as well, and as long as it does, mount would find the file system
+// that was shut down.
+func unmountDisk(t *testing.T, disk, dir string) {
+	t.Helper()
+	run(t, "umount", dir)
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		out, err := exec.Command("losetup", "-j", disk).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(out) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("still in use a minute after umount: %s", out)
+		}
+	}
 }
 
 // cutPower loses all that the ext4 at dir has not written to its disk.

@@ -116,13 +116,16 @@ func runPreload(ctx context.Context, f *preloadFlags, names []string) error {
 			return &convert.Error{Part: convert.Source, Err: fmt.Errorf("%s: %w", w.name, err)}
 		}
 		end()
+		for _, c := range w.chunks {
+			cache.Adopt(c.ID) // if it is there, it is good
+		}
 		result.Complete = result.Complete && len(p.Missing) == 0
 		result.Images = append(result.Images, preloadedImage{
 			Image: w.name, Platform: w.image.Platform.String(), Chunks: len(w.chunks), RootBytes: w.size,
 			Had: p.Had, Fetched: p.Fetched, Missing: p.Missing, Seconds: time.Since(began).Seconds(),
 		})
 	}
-	if err := cache.sync(); err != nil && result.Complete {
+	if err := cmp.Or(cache.Flush(ctx), cache.sync()); err != nil && result.Complete {
 		return &convert.Error{Part: convert.Destination, Err: err}
 	}
 	d.close()
