@@ -107,6 +107,7 @@ func (c *Cache) evict(ctx context.Context, goal func(held int64) int64, whole bo
 	if lock != nil {
 		defer lock.Close()
 	}
+	written := c.written()
 	s, err := c.look(ctx, whole)
 	if err != nil {
 		return Eviction{}, err
@@ -121,7 +122,7 @@ func (c *Cache) evict(ctx context.Context, goal func(held int64) int64, whole bo
 			err = unix.UtimesNanoAt(int(c.dir.Fd()), lockName, now, unix.AT_SYMLINK_NOFOLLOW)
 		}
 	}
-	c.settle(e)
+	c.settle(e, written)
 	if err != nil {
 		return e, fmt.Errorf("node cache %s: evict: %w", c, err)
 	}

@@ -140,9 +140,7 @@ func (c *Cache) Put(ctx context.Context, id index.ID, frame []byte) error {
 		}
 	}
 	err := c.Store.Put(ctx, id, frame)
-	if err != nil {
-		c.giveBack(n, err)
-	}
+	c.wrote(n, err)
 	return err
 }
 

@@ -26,7 +26,7 @@ const (
 
 	// stepsBlind is how many steps may be written before the look that was due
 	// after one is over.
-	stepsBlind = 4
+	stepsBlind = 2
 
 	// evictPause is between two evictions of one process; stuckPause, after one
 	// that could not remove what it should.
@@ -48,7 +48,9 @@ type room struct {
 	looked  time.Time     // when that was; zero: never
 	writers int64         // how many processes write, by how much the cache grows
 	wrote   int64         // by this process since the last look
-	step    int64         // no more than that until the next one
+	taken   int64         // bytes that it has ever taken
+	pending int64         // of these, those that are being written
+	step    int64         // looks again after half of that many
 	disk    space         // less what this process has written since
 	asked   time.Time     // when disk was
 	since   int64         // bytes written since then
@@ -99,6 +101,7 @@ func (c *Cache) take(ctx context.Context, n int64) error {
 		return fmt.Errorf("%w: %d bytes of the disk are free and %d shall stay so, %d more are wanted", chunkstore.ErrFull, r.disk.free, reserve, n)
 	}
 	r.held, r.wrote, r.disk.free, r.since = r.held+n, r.wrote+n, r.disk.free-n, r.since+n
+	r.taken, r.pending = r.taken+n, r.pending+n
 	return nil
 }
 
@@ -110,6 +113,7 @@ func (c *Cache) tend() {
 	r := &c.room
 	var failed error
 	var held int64
+	written := c.written()
 	if c.limit > 0 {
 		s, err := c.look(c.ctx, false)
 		if failed = err; err == nil {
@@ -118,7 +122,7 @@ func (c *Cache) tend() {
 	}
 	r.mu.Lock()
 	if c.limit > 0 && failed == nil {
-		c.learn(held, time.Now())
+		c.learn(held, written, time.Now())
 	} else {
 		r.looked = time.Now() // what this process has written is all that is known
 	}
@@ -149,37 +153,51 @@ func (c *Cache) tend() {
 	}
 }
 
-// learn takes held for the bytes of the cache, as of now. The caller has locked
-// the room.
-func (c *Cache) learn(held int64, now time.Time) {
+// written returns how many bytes this process has written, for learn: a look that
+// begins now sees those.
+func (c *Cache) written() int64 {
+	c.room.mu.Lock()
+	defer c.room.mu.Unlock()
+	return c.room.taken - c.room.pending
+}
+
+// learn takes held for the bytes of the cache, as of a look that began when this
+// process had written so many. The caller has locked the room.
+func (c *Cache) learn(held, written int64, now time.Time) {
 	r := &c.room
 	// Of what the cache has grown by, others may have written the most: the next
 	// look comes before all together can have filled it.
 	if r.writers == 0 {
 		r.writers = manyWriters
 	} else if r.wrote > 0 && held > r.before {
-		r.writers = min(4*manyWriters, max(1, (held-r.before+r.wrote/2)/r.wrote))
+		// Those that were refused for a while come back, all at once.
+		r.writers = min(4*manyWriters, max(1, r.writers*3/4, (held-r.before+r.wrote/2)/r.wrote))
 	}
-	r.held, r.before, r.looked, r.wrote = held, held, now, 0
-	r.step = max(c.limit/256, (c.high()-held)/(8*r.writers))
+	r.held, r.before, r.looked, r.wrote = held+r.taken-written, held, now, 0
+	r.step = max(c.limit/256, (c.high()-r.held)/(8*r.writers))
 }
 
-// settle takes the result of an eviction for what the cache holds.
-func (c *Cache) settle(e Eviction) {
+// settle takes the result of an eviction for what the cache holds; written is as
+// for learn.
+func (c *Cache) settle(e Eviction, written int64) {
 	c.room.mu.Lock()
 	defer c.room.mu.Unlock()
 	c.room.wrote = 0 // what an eviction takes away says nothing of the others
-	c.learn(max(0, e.Before-e.Bytes-e.LeftBytes), time.Now())
+	c.learn(max(0, e.Before-e.Bytes-e.LeftBytes), written, time.Now())
 	c.room.asked = time.Time{}
 }
 
-// giveBack says that n bytes that were taken have not been written, because of
+// wrote says that n bytes that were taken are written, or are not, because of
 // err.
-func (c *Cache) giveBack(n int64, err error) {
+func (c *Cache) wrote(n int64, err error) {
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
 		c.noSpace.Store(true)
 	}
-	c.room.mu.Lock()
-	defer c.room.mu.Unlock()
-	c.room.held, c.room.wrote, c.room.disk.free = c.room.held-n, c.room.wrote-n, c.room.disk.free+n
+	r := &c.room
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.pending -= n
+	if err != nil {
+		r.taken, r.held, r.wrote, r.disk.free = r.taken-n, r.held-n, r.wrote-n, r.disk.free+n
+	}
 }
