@@ -678,6 +678,14 @@ func TestEvictorKilled(t *testing.T) {
 				t.Errorf("round %d: chunk %s: got %d bytes, %v", round, e.ID, len(got), err)
 			}
 		}
+		// What the killed one has left is young, and stays: as if it were later.
+		left, err := filepath.Glob(filepath.Join(dir, "*", tempPrefix+"*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range left {
+			age(t, file, 2*leftAfter)
+		}
 		if e, err := c.Prune(t.Context(), 100_000); err != nil || e.Skipped || e.Short != 0 {
 			t.Errorf("round %d: got %+v, %v", round, e, err)
 		}
