@@ -65,19 +65,35 @@ func newNeighbours(c Claimer) *neighbours {
 	return n
 }
 
-// claim claims w for a round.
+// claim claims w for a round. The second one is among those who have lost their
+// patience with the first: there a chunk has another name, and its first one is
+// claimed as well if that can be, for those who have not.
 func (n *neighbours) claim(round int, w *want) bool {
-	id := w.chunk.ID
-	if round > 0 {
-		for i := range id {
-			id[i] = ^id[i] // a name that no other chunk has
-		}
+	first, second := w.chunk.ID, w.chunk.ID
+	for i := range second {
+		second[i] = ^second[i] // a name that no other chunk has
 	}
-	var ok bool
+	if round == 0 {
+		release, ok := n.timed(first)
+		w.release = release
+		return ok
+	}
+	release, ok := n.timed(second)
+	if !ok {
+		return false
+	}
+	w.release = release
+	if also, ok := n.timed(first); ok {
+		w.release = func() { also(); release() }
+	}
+	return true
+}
+
+func (n *neighbours) timed(id index.ID) (release func(), ok bool) {
 	start := time.Now()
-	w.release, ok = n.Claim(id)
+	release, ok = n.Claim(id)
 	n.took(time.Since(start))
-	return ok
+	return release, ok
 }
 
 func (n *neighbours) took(d time.Duration) {
@@ -158,6 +174,9 @@ func (f *Fetcher) share(ctx context.Context, round int, wants []*want, k *sink, 
 	patience := &f.neighbours.rounds[round]
 	patience.begin()
 	defer patience.end()
+	if round == 0 && patience.over() {
+		return nil // with those who have lost it, too, there is the second round
+	}
 	end := time.Now().Add(time.Hour)
 	if d, ok := ctx.Deadline(); ok {
 		end = time.Now().Add(time.Until(d) / 4) // the stores need the rest

@@ -162,8 +162,10 @@ func TestStoppedOwner(t *testing.T) {
 			f := NewFetcher(FetcherOptions{Cache: cache, Stores: []Store{store}})
 			g.Go(func() {
 				start := time.Now()
-				if order, err := fetchAll(t, f, chunks); err != nil || len(order) != len(chunks) {
-					t.Errorf("got %d chunks, %v", len(order), err)
+				for _, cs := range [][]index.Chunk{chunks[:10], chunks[10:]} {
+					if order, err := fetchAll(t, f, cs); err != nil || len(order) != len(cs) {
+						t.Errorf("got %d chunks, %v", len(order), err)
+					}
 				}
 				if took := time.Since(start); took > 7*time.Second {
 					t.Errorf("got %v, want a few seconds", took)
@@ -253,7 +255,9 @@ func TestSlowClaims(t *testing.T) {
 
 		// After a while it is tried again.
 		cache.claims.takes, cache.claims.claims = 0, 0
+		cache.mu.Lock()
 		delete(cache.frames, chunks[0].ID)
+		cache.mu.Unlock()
 		wantPlain(t, f, t.Context(), 0)
 		if cache.claims.claims == 0 {
 			t.Error("got no claims, want one")

@@ -280,6 +280,7 @@ func TestOneFlight(t *testing.T) {
 			cmds, outs := make([]*exec.Cmd, test.processes), make([]bytes.Buffer, test.processes)
 			lost := make(map[string]bool)
 			var mu sync.Mutex // guards lost
+			u.mu.Lock()
 			u.on = make(map[int]func(string))
 			for n, do := range test.on {
 				u.on[n] = func(process string) {
@@ -298,6 +299,7 @@ func TestOneFlight(t *testing.T) {
 					}
 				}
 			}
+			u.mu.Unlock()
 			mu.Lock() // until all are started
 			for i := range cmds {
 				cmds[i] = exec.Command(os.Args[0], "-test.run", "^TestOneFlight$", "-test.timeout", "5m")
