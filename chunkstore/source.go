@@ -165,12 +165,12 @@ func (s *source) lacked(f *failure) {
 	s.last, s.lastAt = f, time.Now()
 }
 
-// condition returns what lacked was told last, when, and since when the store is in
-// trouble.
-func (s *source) condition() (last error, at, trouble time.Time) {
+// condition returns what lacked was told last, and when, and since when the store
+// is in trouble.
+func (s *source) condition() (at, trouble time.Time, last error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.last, s.lastAt, s.trouble
+	return s.lastAt, s.trouble, s.last
 }
 
 // failed notes that the store could not be asked.

@@ -63,7 +63,7 @@ func (f *Fetcher) Stats() Stats {
 	}
 	for _, s := range f.stores {
 		one := StoreStats{Name: s.String(), Count: s.count.load(), Failures: s.failures.Load(), Corrupt: s.corrupt.Load(), Hedges: s.hedged.Load()}
-		one.LastError, one.LastAt, one.Trouble = s.condition()
+		one.LastAt, one.Trouble, one.LastError = s.condition()
 		st.Stores = append(st.Stores, one)
 	}
 	return st
