@@ -164,6 +164,11 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 		return 0, err
 	}
 	report.chose(m, settings.mode != modeAuto, why)
+	unserve, err := serveMetrics(settings.metrics, report)
+	if err != nil {
+		out.log.Warn(err.Error())
+	}
+	defer unserve()
 	if m == modeFuse {
 		status, err := leadMounted(c, settings, content, meeting, report, signals, out)
 		var refused *refusedError
@@ -183,7 +188,7 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 	if why != "" {
 		out.log.Warn("the root is filled in place: " + why)
 	}
-	return leadFilled(c, content, report, signals, out)
+	return leadFilled(c, content, report, unserve, signals, out)
 }
 
 // leadMounted mounts the root and runs the app in it. A refusedError means that

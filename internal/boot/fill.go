@@ -29,7 +29,7 @@ func isFilled(config *bootimage.Config) bool {
 
 // leadFilled fills the root and becomes the caller's program. It returns
 // only if it cannot, or if a signal ends the container meanwhile.
-func leadFilled(c *caller, content *content, report *reporter, signals <-chan os.Signal, out *console) (int, error) {
+func leadFilled(c *caller, content *content, report *reporter, unserve func(), signals <-chan os.Signal, out *console) (int, error) {
 	content.openFetcher(false)
 	report.opened(content)
 	content.warnOfHiddenChanges()
@@ -50,6 +50,7 @@ func leadFilled(c *caller, content *content, report *reporter, signals <-chan os
 	if err != nil || status != 0 {
 		return status, err
 	}
+	unserve()
 	// Its followers see that this boot is gone, and the note: then the program is
 	// what the container's first process runs.
 	return 0, becomeProgram(c, content.config, out)

@@ -35,6 +35,7 @@ type settings struct {
 	cacheSize    *int64            // BOOTFS_CACHE_SIZE: bytes that the cache may take, 0: any; nil: not set
 	cacheReserve nodecache.Reserve // BOOTFS_CACHE_RESERVE: what it leaves free
 	offline      bool              // BOOTFS_OFFLINE: no store is reached over a network
+	metrics      metricsAddress    // BOOTFS_METRICS
 	keepSysAdmin bool              // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
 	sshPassword  string            // DROPBEAR_PASSWORD, as container-bootfs named it
 	sshAgent     string            // SSH_AUTH_SOCK: path of an agent's socket
@@ -53,6 +54,12 @@ func readSettings(env []string) (*settings, error) {
 			s.mirrors = value
 		case "BOOTFS_INSECURE":
 			s.insecure = words(value)
+		case "BOOTFS_METRICS":
+			at, err := parseMetrics(value)
+			if err != nil {
+				return nil, err
+			}
+			s.metrics = at
 		case "BOOTFS_MODE":
 			modes := map[string]mode{"": modeAuto, "auto": modeAuto, "fuse": modeFuse, "fill": modeFill}
 			mode, ok := modes[value]

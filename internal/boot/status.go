@@ -84,6 +84,7 @@ type cacheStatus struct {
 	Chunks      int64  `json:"chunks"`     // that came from it
 	Bytes       int64  `json:"bytes"`
 	StoredBytes int64  `json:"storedBytes"`
+	Shared      int64  `json:"shared"`  // chunks of these that a neighbour was fetching
 	Written     int64  `json:"written"` // chunks
 	Dropped     int64  `json:"dropped"`
 	Faults      int64  `json:"faults"`
@@ -98,6 +99,7 @@ type storeStatus struct {
 	StoredBytes int64      `json:"storedBytes"`
 	Failures    int64      `json:"failures"`
 	Corrupt     int64      `json:"corrupt"`
+	Hedges      int64      `json:"hedges"` // second requests for a slow chunk
 	LastError   string     `json:"lastError,omitempty"`
 	LastErrorAt *time.Time `json:"lastErrorAt,omitempty"`
 }
@@ -211,13 +213,13 @@ func (c *content) cacheStatus(s chunkstore.CacheStats) cacheStatus {
 	if c.cacheSize != nil && kind != "none" {
 		limit = *c.cacheSize
 	}
-	return cacheStatus{kind, limit, s.Chunks, s.Plain, s.Stored, s.Written, s.Dropped, s.Faults, s.Corrupt}
+	return cacheStatus{kind, limit, s.Chunks, s.Plain, s.Stored, s.Shared, s.Written, s.Dropped, s.Faults, s.Corrupt}
 }
 
 func storeStatusOf(store chunkstore.StoreStats) storeStatus {
 	s := storeStatus{
 		Name: store.Name, State: "good", Chunks: store.Chunks, Bytes: store.Plain, StoredBytes: store.Stored,
-		Failures: store.Failures, Corrupt: store.Corrupt,
+		Failures: store.Failures, Corrupt: store.Corrupt, Hedges: store.Hedges,
 	}
 	if !store.Trouble.IsZero() {
 		s.State = "troubled"
