@@ -233,7 +233,8 @@ func (e *everywhere) comeAndGo(t *testing.T, gate *gate, list string) error {
 		}
 		opened = append(opened, s)
 	}
-	f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: index.SHA256, Stores: opened})
+	// A second request for what is slow would come from any store.
+	f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: index.SHA256, Stores: opened, HedgeAfter: -1})
 	defer f.Close()
 	next := 0
 	// read reads n more chunks, as a program does, one after the other.
