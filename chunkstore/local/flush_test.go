@@ -263,7 +263,7 @@ func TestPowerCutBatched(t *testing.T) {
 		}
 		cutPower(t, dir)
 		s.Close()
-		unmountDisk(t, disk, dir)
+		disk = restart(t, disk, dir)
 	}
 	run(t, "mount", "-o", "loop", disk, dir)
 	s, err := Open(store)

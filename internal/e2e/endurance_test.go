@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"encoding/base64"
 	"fmt"
+	"math"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -31,7 +32,7 @@ type endurance struct {
 var (
 	shortEndurance = endurance{
 		lasts: 20 * time.Second, warm: 4 * time.Second, token: 2 * time.Second, url: 3 * time.Second,
-		flap: 4 * time.Second, lost: time.Second, pause: 40 * time.Millisecond, mayGrowBy: 1,
+		flap: 4 * time.Second, lost: time.Second, pause: 40 * time.Millisecond, mayGrowBy: math.Inf(1), // it has not filled its memory yet
 	}
 	longEndurance = endurance{
 		lasts: 20 * time.Minute, warm: 2 * time.Minute, token: time.Minute, url: 90 * time.Second,

@@ -55,6 +55,8 @@ UsePAM no
 UseDNS no
 PidFile none
 Subsystem sftp internal-sftp
+# Without the home directory no profile of root's is read.
+SetEnv HOME=/srv
 `
 
 // StartSSHD starts a server at a free port of the loopback, with what is its
