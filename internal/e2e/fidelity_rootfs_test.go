@@ -62,6 +62,8 @@ var rootfsRows = []row{
 	{what: "each file of `/proc`, `/dev` and `/sys` opened for reading and for writing: the engine's masks", do: probe("kernel")},
 	{what: "an app as root tries other processes, namespaces, the kernel, capabilities of planted programs",
 		do: ranOf(python, "--user", "root", "--env", "BOOTFS_PREFETCH=none", "IMAGE", "python3", "-c", attempts)},
+	{what: "an app as root looks for `/.bootfs`", do: ranOf(python, "--user", "root", "IMAGE", "python3", "-c", corner),
+		differs: map[string]string{"fill": "is there, with what the boot image has"}},
 }
 
 // tarOfRoot prints the SHA-256 of a tar of each directory of the root, without

@@ -72,9 +72,12 @@ planted()
 print("rights in the bounding set", [c for c in range(41) if libc.prctl(23, c, 0, 0, 0) == 1])
 print("setuid programs", subprocess.run("find / -xdev -path /planted -prune -o -perm /6000 -type f -print | sort", shell=True, capture_output=True, text=True).stdout.split())
 print("descriptors", sorted(os.listdir("/proc/self/fd"))[:-1])
+`
 
-# What boot has for execs.
-print("listed", ".bootfs" in os.listdir("/"), subprocess.run("find / -xdev -maxdepth 1 -name .bootfs; grep bootfs/ /proc/self/mountinfo", shell=True, capture_output=True, text=True).stdout)
+// corner looks for what boot has for execs, as an app may.
+const corner = `
+import os, subprocess
+print("listed", ".bootfs" in os.listdir("/"), subprocess.run("find / -xdev -maxdepth 1 -name .bootfs; cut -d' ' -f5 /proc/self/mountinfo | grep bootfs", shell=True, capture_output=True, text=True).stdout)
 for f in (os.stat, os.listdir, os.chdir, os.rmdir, lambda p: os.rename(p, "/other"), lambda p: os.chmod(p, 0o777), lambda p: os.open(p + "/boot", os.O_RDONLY), lambda p: os.stat(p + "/status")):
     try: print("there:", f("/.bootfs"))
     except OSError as e: print("not there:", e.strerror)
