@@ -185,7 +185,8 @@ func stoppedBySignal(t *testing.T, s *subject) string {
 func stoppedByDocker(t *testing.T, s *subject) string {
 	obeys := s.start(t, s.image, "testapp", "sleep")
 	says(t, obeys, "ready\n")
-	ignores := s.start(t, s.image, "sleep", "600")
+	ignores := s.start(t, s.image, "sh", "-c", "echo up; exec sleep 600")
+	says(t, ignores, "up\n")
 	out := docker(t, "stop", "--time", "20", obeys).String() + docker(t, "stop", "--time", "1", ignores).String()
 	return withoutIDs(out) + ended(t, obeys) + ended(t, ignores)
 }
