@@ -85,7 +85,7 @@ func (c *console) write(w io.Writer) {
 	stands := false // a line of progress on the terminal
 	for u := range c.queue {
 		if stands && u.text != "" {
-			u.text = eraseLine + u.text
+			u.text = eraseLine + strings.TrimPrefix(u.text, eraseLine)
 		}
 		if u.text != "" {
 			stands = u.progress

@@ -47,7 +47,7 @@ func (m *meter) run() {
 		select {
 		case <-m.end:
 			if said && m.out.terminal {
-				m.out.say(utterance{text: "\r"}) // takes the line's place
+				m.out.say(utterance{text: eraseLine})
 			}
 			return
 		case <-next.C:
