@@ -4,10 +4,13 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"maps"
+	"math/rand/v2"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -25,7 +28,11 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/static"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/klauspost/compress/zstd"
 
+	"github.com/container-bootfs/bootfs/chunkstore"
+	"github.com/container-bootfs/bootfs/chunkstore/local"
+	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/transport"
 )
@@ -96,76 +103,150 @@ func layoutOf(t *testing.T, plain []byte) string {
 }
 
 // TestKilled kills conversions over an image that is there, at many moments:
-// whoever looks afterwards sees the old image or the new one, whole, and no
-// temporary file. The new image refers to packs of the old one.
+// whoever looks afterwards sees the old image or the new one, whole, no
+// temporary file, and no part of a chunk under a chunk's name. The new image
+// refers to packs of the old one. The next conversion works, also with the cache
+// of those that were killed.
 func TestKilled(t *testing.T) {
-	const size, moments = 4 << 20, 8
+	moments := 5
+	if os.Getenv("BOOTFS_SOAK") != "" {
+		moments = 34
+	}
+	const size = 4 << 20
 	older, newer := layoutOf(t, layerOf(t, size, 1, 3)), layoutOf(t, layerOf(t, size, 2, 3))
 	reg := httptest.NewServer(registry.New(registry.Logger(log.New(io.Discard, "", 0))))
 	t.Cleanup(reg.Close)
 	host := strings.TrimPrefix(reg.URL, "http://")
-	for name, dst := range map[string]string{
-		"oci":            "oci:" + filepath.Join(t.TempDir(), "layout") + ":dst",
-		"oci-archive":    "oci-archive:" + filepath.Join(t.TempDir(), "layout.tar") + ":dst",
-		"docker-archive": "docker-archive:" + filepath.Join(t.TempDir(), "image.tar") + ":dst:latest",
-		"registry":       host + "/dst:latest",
+	for _, test := range []struct {
+		name, dst            string
+		store, cache, around bool // chunks in a directory; a cache of conversions; temporary files beside dst
+	}{
+		{name: "oci", dst: "oci:" + filepath.Join(t.TempDir(), "layout") + ":dst", around: true},
+		{name: "oci-archive", dst: "oci-archive:" + filepath.Join(t.TempDir(), "layout.tar") + ":dst", around: true},
+		{name: "docker-archive", dst: "docker-archive:" + filepath.Join(t.TempDir(), "image.tar") + ":dst:latest", store: true, around: true},
+		{name: "directory store", dst: host + "/stored:latest", store: true},
+		{name: "registry", dst: host + "/dst:latest"},
+		{name: "registry, cache", dst: host + "/cached:latest", cache: true},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
-			tmp := t.TempDir()
+			tmp, dst := t.TempDir(), test.dst
 			args := []string{"-q", "--boot", "/bin/true"}
-			if name == "docker-archive" {
-				args = append(args, "--store", filepath.Join(t.TempDir(), "castr"))
+			castr, cache := filepath.Join(t.TempDir(), "castr"), filepath.Join(t.TempDir(), "cache")
+			if test.store {
+				args = append(args, "--store", castr)
+			}
+			if test.cache {
+				args = append(args, "--cache-from", cache, "--cache-to", cache)
 			}
 			convert := func(src string) *exec.Cmd { return command(t, tmp, append(args, src, dst)...) }
-			began := time.Now()
-			if out, err := convert(newer).CombinedOutput(); err != nil {
-				t.Fatalf("%v: %s", err, out)
+			run := func(cmd *exec.Cmd) {
+				t.Helper()
+				if out, err := cmd.CombinedOutput(); err != nil {
+					t.Fatalf("%v: %s", err, out)
+				}
 			}
+			forget := func() { // what the conversion would otherwise find done
+				if err := errors.Join(os.RemoveAll(castr), os.RemoveAll(cache)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			began := time.Now()
+			run(convert(newer))
 			whole := time.Since(began)
 			indexNew := rootOf(t, dst)
-			if out, err := convert(older).CombinedOutput(); err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
+			forget()
+			run(convert(older))
 			indexOld := rootOf(t, dst)
 			if indexOld == indexNew {
 				t.Fatal("both images have one index")
 			}
-			done := 0
+			const seed = 1
+			rng := rand.New(rand.NewPCG(seed, 0))
+			done, unfinished := 0, 0
 			for i := range moments {
 				cmd := convert(newer)
 				if err := cmd.Start(); err != nil {
 					t.Fatal(err)
 				}
-				time.Sleep(whole * time.Duration(i+1) / moments)
+				// Somewhere in its i-th part.
+				after := time.Duration(float64(whole) * (float64(i) + rng.Float64()) / float64(moments))
+				time.Sleep(after)
 				cmd.Process.Kill()
 				cmd.Wait()
 				switch got := rootOf(t, dst); got {
 				case indexOld:
 				case indexNew:
 					done++
-					if out, err := convert(older).CombinedOutput(); err != nil {
-						t.Fatalf("%v: %s", err, out)
-					}
+					forget()
+					run(convert(older))
 				default:
-					t.Fatalf("killed after %d/%d: index %s is neither the old nor the new", i+1, moments, got)
+					t.Fatalf("killed after %v (seed %d): index %s is neither the old nor the new", after, seed, got)
 				}
 				if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
-					t.Errorf("killed after %d/%d: temporary files are left: %v, %v", i+1, moments, left, err)
+					t.Errorf("killed after %v: temporary files are left: %v, %v", after, left, err)
+				}
+				if test.store {
+					unfinished = max(unfinished, checkChunks(t, castr))
 				}
 			}
-			t.Logf("%d of %d conversions of %v were complete", done, moments, whole)
+			t.Logf("%d of %d conversions of %v were complete when they were killed", done, moments, whole)
 			// What was in the making goes with the next conversion.
-			if out, err := convert(older).CombinedOutput(); err != nil {
-				t.Fatalf("%v: %s", err, out)
-			}
-			if path := strings.Split(dst, ":")[1]; name != "registry" {
-				if left, err := filepath.Glob(filepath.Join(filepath.Dir(path), ".*.bootfs-*")); err != nil || len(left) > 0 {
+			run(convert(older))
+			if around := strings.Split(dst, ":")[1]; test.around {
+				if left, err := filepath.Glob(filepath.Join(filepath.Dir(around), ".*.bootfs-*")); err != nil || len(left) > 0 {
 					t.Errorf("files in the making are left: %q, %v", left, err)
 				}
 			}
+			if most := moments * writersOfStore; unfinished > most {
+				t.Errorf("%d chunks in the making are left, want at most %d", unfinished, most)
+			}
+			if got := rootOf(t, dst); got != indexOld {
+				t.Errorf("converted again: index %s, want %s", got, indexOld)
+			}
+			run(command(t, tmp, "check", "-q", older, dst))
 		})
 	}
+}
+
+// writersOfStore is how many chunks a conversion writes to a store at once, at
+// most, and so how many files in the making it leaves when it is killed.
+const writersOfStore = 64
+
+// checkChunks looks at the files of a chunk store and returns how many chunks in
+// the making are left in it, which gc removes.
+func checkChunks(t *testing.T, dir string) (unfinished int) {
+	t.Helper()
+	s, err := local.Open(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return 0 // it was killed before it had anything to write
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for e, err := range s.List(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		frame, err := s.Get(t.Context(), e.ID, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var h zstd.Header
+		if err := h.Decode(frame); err != nil {
+			t.Fatalf("chunk %s: %v", e.ID, err)
+		}
+		if _, err := chunkstore.Decode(nil, frame, index.SHA256, index.Chunk{ID: e.ID, Size: int(h.FrameContentSize)}); err != nil {
+			t.Error(err)
+		}
+	}
+	// A future moment: all of them are older.
+	unfinished, _, err = s.Sweep(t.Context(), time.Now().Add(time.Hour), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return unfinished
 }
 
 // rootOf reads all chunks of a converted image and returns its index digest.
