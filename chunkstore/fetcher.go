@@ -286,6 +286,7 @@ type sink struct {
 	patience time.Duration // how long to wait for room in the cache's queue
 	abort    error         // emit's first error
 	began    time.Time     // set by fetch
+	apart    bool          // each chunk is asked for by itself, in this round
 
 	turn   chan struct{} // holds one while somebody has it
 	landed chan struct{} // gets one when a want is done
@@ -340,6 +341,8 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 			}
 		}
 		wants = undone(wants)
+		// One chunk in a damaged place may be why the request for all of them fails.
+		k.apart = !k.apart && len(wants) == before
 		if len(wants) < before {
 			fruitless = 0
 		}
@@ -408,8 +411,8 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// ask asks the attempt's store for wants and gives k what it delivers. Each want
-// that it does not deliver gets a failure.
+// ask asks the attempt's store for wants, all at once where it can or each apart,
+// and gives k what it delivers. Each want that it does not deliver gets a failure.
 func (f *Fetcher) ask(ctx context.Context, a *attempt, wants []*want, k *sink) {
 	s := a.source
 	watched, timer, stop := watch(ctx, s.patience(ctx, len(f.stores)))
@@ -454,7 +457,7 @@ func (f *Fetcher) ask(ctx context.Context, a *attempt, wants []*want, k *sink) {
 	}
 
 	b, ok := s.Store.(Batcher)
-	if ok && len(wants) > 1 {
+	if ok && len(wants) > 1 && !a.apart {
 		rest, err := askBatch(watched, b, wants, take)
 		k.enter()
 		over := a.lost || k.abort != nil

@@ -791,6 +791,7 @@ func TestFetchBatchFaults(t *testing.T) {
 			}
 			return nil
 		}, 15 * time.Second},
+		{"answers for one chunk and not for several", nil, func(context.Context, int64, int) error { return errFault }, 15 * time.Second},
 		{"is slow but steady", nil, func(ctx context.Context, _ int64, _ int) error {
 			select {
 			case <-time.After(2 * time.Second):

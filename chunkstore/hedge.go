@@ -101,6 +101,7 @@ func (h *hedges) allow(n int) bool {
 type attempt struct {
 	source *source
 	began  time.Time
+	apart  bool // each chunk is asked for by itself
 	cancel context.CancelFunc
 	done   chan struct{} // closed when the store has answered
 
@@ -120,7 +121,7 @@ func (a *attempt) waited(now time.Time) {
 // begin asks s for wants.
 func (f *Fetcher) begin(ctx context.Context, s *source, wants []*want, k *sink) *attempt {
 	now := time.Now()
-	a := &attempt{source: s, began: now, last: now, done: make(chan struct{})}
+	a := &attempt{source: s, began: now, apart: k.apart, last: now, done: make(chan struct{})}
 	ctx, a.cancel = context.WithCancel(ctx)
 	f.hedges.ask(len(wants))
 	go func() {
