@@ -4,8 +4,10 @@ import (
 	"archive/tar"
 	"bytes"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -119,6 +121,12 @@ func TestFaultsInContainers(t *testing.T) {
 // addFile adds a layer with a file to the image called ref.
 func addFile(t *testing.T, ref, path string, data []byte) {
 	t.Helper()
+	addFiles(t, ref, map[string][]byte{path: data})
+}
+
+// addFiles adds a layer with files, by their paths.
+func addFiles(t *testing.T, ref string, files map[string][]byte) {
+	t.Helper()
 	r, err := name.ParseReference(ref)
 	if err != nil {
 		t.Fatal(err)
@@ -129,11 +137,13 @@ func addFile(t *testing.T, ref, path string, data []byte) {
 	}
 	var b bytes.Buffer
 	tw := tar.NewWriter(&b)
-	if err := tw.WriteHeader(&tar.Header{Name: path, Mode: 0o644, Size: int64(len(data))}); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := tw.Write(data); err != nil {
-		t.Fatal(err)
+	for _, path := range slices.Sorted(maps.Keys(files)) {
+		if err := tw.WriteHeader(&tar.Header{Name: path, Mode: 0o644, Size: int64(len(files[path]))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := tw.Write(files[path]); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if err := tw.Close(); err != nil {
 		t.Fatal(err)

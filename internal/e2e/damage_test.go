@@ -131,7 +131,12 @@ func chunkName(log string) string {
 // packs returns the digests of the packs of the converted image, in order.
 func packs(t *testing.T) []v1.Hash {
 	t.Helper()
-	ref, err := name.ParseReference(w.image)
+	return packsOf(t, w.image)
+}
+
+func packsOf(t *testing.T, image string) []v1.Hash {
+	t.Helper()
+	ref, err := name.ParseReference(image)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,9 +170,8 @@ func packs(t *testing.T) []v1.Hash {
 	return nil
 }
 
-// flip inverts one bit in the middle of a blob on the registry's disk and
-// returns what undoes it.
-func flip(t *testing.T, blob v1.Hash) (heal func()) {
+// blobFile is where the registry keeps a blob.
+func blobFile(t *testing.T, blob v1.Hash) string {
 	t.Helper()
 	var path string
 	err := filepath.WalkDir(w.registry.Dir, func(p string, d fs.DirEntry, err error) error {
@@ -179,6 +183,14 @@ func flip(t *testing.T, blob v1.Hash) (heal func()) {
 	if err != nil || path == "" {
 		t.Fatalf("blob %s in %s: %v", blob, w.registry.Dir, err)
 	}
+	return path
+}
+
+// flip inverts one bit in the middle of a blob on the registry's disk and
+// returns what undoes it.
+func flip(t *testing.T, blob v1.Hash) (heal func()) {
+	t.Helper()
+	path := blobFile(t, blob)
 	invert := func() {
 		f, err := os.OpenFile(path, os.O_RDWR, 0)
 		if err != nil {

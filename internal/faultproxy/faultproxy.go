@@ -331,6 +331,16 @@ func Flip(i int) Fault {
 	})
 }
 
+// Change answers with what f makes of the body.
+func Change(f func(r *http.Request, body []byte) []byte) Fault {
+	return answer(func(w http.ResponseWriter, r *http.Request, rec *httptest.ResponseRecorder) {
+		body := f(r, rec.Body.Bytes())
+		w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+		w.WriteHeader(rec.Code)
+		w.Write(body)
+	})
+}
+
 // Reset breaks the connection with RST behind n bytes of the body.
 func Reset(n int) Fault { return breakOff(n, true) }
 

@@ -20,6 +20,8 @@ type TCP struct {
 	after    int64             // bytes from the server that come before that
 	reset    bool              // they end with RST
 	rate     int               // bytes a second from the server; 0 is no limit
+	flips    int               // connections in which a byte is still to be damaged
+	behind   int64             // bytes from the server that come before it
 
 	closed chan struct{} // by Close
 }
@@ -114,6 +116,21 @@ func (p *TCP) Break(n int, after int64, reset bool) {
 	p.breaks, p.after, p.reset = n, after, reset
 }
 
+// Flip inverts a byte from the server behind so many others, in each of n
+// connections.
+func (p *TCP) Flip(n int, behind int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.flips, p.behind = n, behind
+}
+
+// Flips returns how many connections are still to be damaged.
+func (p *TCP) Flips() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.flips
+}
+
 // Slow lets so many bytes a second come from the server; 0 is no limit.
 func (p *TCP) Slow(bytesPerSecond int) {
 	p.mu.Lock()
@@ -190,9 +207,15 @@ func (p *TCP) pass(to, from net.Conn, age int, allow func(b []byte) (n, rate int
 // fromServer is pass's allow for the bytes from the server to client.
 func (p *TCP) fromServer(client net.Conn) func(b []byte) (n, rate int, end bool) {
 	left := int64(-1) // until the connection breaks; -1: it does not
+	passed := int64(0)
 	return func(b []byte) (int, int, bool) {
 		p.mu.Lock()
 		defer p.mu.Unlock()
+		if at := p.behind - passed; p.flips > 0 && at >= 0 && at < int64(len(b)) {
+			p.flips--
+			b[at] ^= 0xff
+		}
+		passed += int64(len(b))
 		if p.breaks == 0 {
 			left = -1
 			return len(b), p.rate, false
