@@ -31,6 +31,7 @@ ip               iproute2
 nsenter          util-linux
 strace           strace
 mkfs.ext4        e2fsprogs
+mkfs.xfs         xfsprogs
 '
 missing=()
 while read -r command package; do
