@@ -34,7 +34,7 @@ func parseMetrics(value string) (metricsAddress, error) {
 	}
 	if p, ok := strings.CutPrefix(value, "unix:"); ok {
 		if !filepath.IsAbs(p) || filepath.Clean(p) != p || p == "/" {
-			return metricsAddress{}, fmt.Errorf("BOOTFS_METRICS=%q: want the absolute path of a socket behind unix:", value)
+			return metricsAddress{}, fmt.Errorf("BOOTFS_METRICS=%q: want unix: and the absolute path of a socket", value)
 		}
 		return metricsAddress{"unix", p}, nil
 	}
