@@ -44,7 +44,7 @@ func TestProgressOnATerminal(t *testing.T) {
 	c.say(utterance{text: "3 MB", progress: true})
 	c.say(utterance{text: eraseLine})
 	c.flush()
-	const want = "1 MB" + eraseLine + "2 MB" + eraseLine + "bootfs: a warning\n" + "3 MB" + eraseLine + eraseLine
+	const want = "1 MB" + eraseLine + "2 MB" + eraseLine + "bootfs: a warning\n" + "3 MB" + eraseLine
 	if out.String() != want {
 		t.Errorf("got %q, want %q", out.String(), want)
 	}

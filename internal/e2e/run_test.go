@@ -76,26 +76,20 @@ func TestCacheGrowsAsFilesAreRead(t *testing.T) {
 	cache := t.TempDir()
 	id := start(t, "--volume", cache+":/.bootfs/rootfs.castr", "--env", "BOOTFS_PREFETCH=none", w.image, "sleep", "600")
 	eventually(t, "the container runs", func() bool { return docker(t, "exec", id, "true").code == 0 })
-	settled := func() int {
+	// Chunks come to their names in groups, when the disk has them.
+	settled := func(more int) int {
 		n := -1
-		eventually(t, "the cache settles", func() bool {
+		eventually(t, "the cache grows and settles", func() bool {
 			before := n
 			n = chunksIn(t, cache)
-			time.Sleep(200 * time.Millisecond)
-			return n == before
+			time.Sleep(time.Second)
+			return n == before && n > more
 		})
 		return n
 	}
-	before := settled()
-	if before == 0 {
-		t.Error("a start left no chunk in the cache")
-	}
+	before := settled(0)
 	docker(t, "exec", id, "sh", "-c", "cat /usr/lib/python3/dist-packages/numpy/core/*.so >/dev/null").want(t, "")
-	after := settled()
-	t.Logf("%d chunks after the start, %d after reading more", before, after)
-	if after <= before {
-		t.Errorf("%d chunks in the cache before reading, %d after", before, after)
-	}
+	t.Logf("%d chunks after the start, %d after reading more", before, settled(before))
 }
 
 func chunksIn(t *testing.T, cache string) int {
