@@ -126,14 +126,17 @@ func (c *connections) transport(secure bool) (*http.Transport, error) {
 	return t, nil
 }
 
-// closeIdle closes connections that nobody uses.
+// closeIdle closes connections that nobody uses. With HTTP/2 all requests share one,
+// which may be dead while it is in use: no more requests go there.
 func (c *connections) closeIdle() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, t := range []*http.Transport{c.plain, c.secure} {
-		if t != nil {
-			t.CloseIdleConnections()
-		}
+	if c.plain != nil {
+		c.plain.CloseIdleConnections()
+	}
+	if c.secure != nil {
+		c.secure.CloseIdleConnections()
+		c.secure = c.secure.Clone() // the former one closes what becomes idle later
 	}
 }
 

@@ -204,3 +204,57 @@ func TestHealed(t *testing.T) {
 		t.Errorf("with the certificate: %v", err)
 	}
 }
+
+// TestNoMoreRequests: a request that is sent after CloseIdleConnections has a
+// connection of its own, also where HTTP/2 would have it share that of one which
+// waits.
+func TestNoMoreRequests(t *testing.T) {
+	release, waits := make(chan struct{}), make(chan string, 1)
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/wait" {
+			waits <- r.RemoteAddr
+			<-release
+		}
+		io.WriteString(w, r.Proto+" "+r.RemoteAddr)
+	}))
+	s.EnableHTTP2 = true
+	s.StartTLS()
+	defer s.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(s.Certificate())
+	h, err := New(Options{Roots: func() *x509.CertPool { return roots }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := http.Client{Transport: h.Transport()}
+	said := func(path string) string {
+		resp, err := client.Get(s.URL + path)
+		if err != nil {
+			return err.Error()
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		if err != nil {
+			return err.Error()
+		}
+		return string(b)
+	}
+	done := make(chan string)
+	go func() { done <- said("/wait") }()
+	first := "HTTP/2.0 " + <-waits
+	if got := said("/"); got != first {
+		t.Errorf("got %q, want %q: requests share a connection", got, first)
+	}
+	client.CloseIdleConnections()
+	second := said("/")
+	if second == first || !strings.HasPrefix(second, "HTTP/2.0 ") {
+		t.Errorf("got %q, want another connection than %q", second, first)
+	}
+	if got := said("/"); got != second {
+		t.Errorf("got %q, want %q, as before", got, second)
+	}
+	close(release)
+	if got := <-done; got != first {
+		t.Errorf("the request that waited: got %q, want %q", got, first)
+	}
+}
