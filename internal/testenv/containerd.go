@@ -39,9 +39,7 @@ func StartContainerd(ctx context.Context, dir string) (*Containerd, error) {
 	if c.daemon, err = startDaemon("containerd", filepath.Join(dir, "containerd.log"), cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
-	defer cancel()
-	if err := c.daemon.ready(ctx, func() error {
+	if err := c.daemon.ready(ctx, 60*time.Second, func(ctx context.Context) error {
 		_, err := c.Output(ctx, "version")
 		return err
 	}); err != nil {

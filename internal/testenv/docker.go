@@ -108,9 +108,7 @@ func startDocker(ctx context.Context, dir string, command func(string, ...string
 	if d.daemon, err = startDaemon("dockerd", filepath.Join(dir, "dockerd.log"), cmd, syscall.SIGTERM); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 60*time.Second)
-	defer cancel()
-	if err := d.daemon.ready(ctx, func() error {
+	if err := d.daemon.ready(ctx, 60*time.Second, func(ctx context.Context) error {
 		_, err := d.Output(ctx, "version")
 		return err
 	}); err != nil {

@@ -69,9 +69,7 @@ http {
 	if n.daemon, err = startDaemon("nginx", filepath.Join(dir, "output.log"), cmd, syscall.SIGTERM); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := n.daemon.ready(ctx, func() error {
+	if err := n.daemon.ready(ctx, 30*time.Second, func(context.Context) error {
 		c, err := net.Dial("tcp", n.Address)
 		if err == nil {
 			c.Close()

@@ -40,9 +40,7 @@ func StartPodman(ctx context.Context, dir string, rootless bool) (*Podman, error
 	if p.holder, err = startDaemon("the host of podman", filepath.Join(dir, "host.log"), cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := p.holder.ready(ctx, func() error {
+	if err := p.holder.ready(ctx, 30*time.Second, func(context.Context) error {
 		_, err := os.Stat(ready)
 		return err
 	}); err != nil {

@@ -96,9 +96,7 @@ http: {addr: %q}
 	if r.daemon, err = startDaemon(filepath.Base(program), log, cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := r.daemon.ready(ctx, func() error { return r.probe(ctx) }); err != nil {
+	if err := r.daemon.ready(ctx, 30*time.Second, r.probe); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil

@@ -86,9 +86,7 @@ func (s *S3) Start(ctx context.Context) error {
 	if s.daemon, err = startDaemon("versitygw", filepath.Join(s.home, "s3.log"), cmd, syscall.SIGKILL); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := s.daemon.ready(ctx, func() error { return s.probe(ctx) }); err != nil {
+	if err := s.daemon.ready(ctx, 30*time.Second, s.probe); err != nil {
 		return errors.Join(err, s.Close())
 	}
 	return nil

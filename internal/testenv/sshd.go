@@ -154,16 +154,14 @@ exec /usr/sbin/sshd -D -e -f "$dir/sshd_config" -o ListenAddress="$address"
 	if s.daemon, err = startDaemon("sshd", filepath.Join(s.dir, "sshd.log"), cmd, syscall.SIGKILL); err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := s.daemon.ready(ctx, s.greets); err != nil {
+	if err := s.daemon.ready(ctx, 30*time.Second, s.greets); err != nil {
 		return errors.Join(err, s.Close())
 	}
 	return nil
 }
 
 // greets looks whether the server answers.
-func (s *SSHD) greets() error {
+func (s *SSHD) greets(context.Context) error {
 	c, err := net.DialTimeout("tcp", s.Address, time.Second)
 	if err != nil {
 		return err

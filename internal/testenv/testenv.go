@@ -71,12 +71,15 @@ func startDaemon(name, logPath string, cmd *exec.Cmd, onDeath syscall.Signal) (*
 	return d, nil
 }
 
-// ready polls check until it succeeds, the server ends or ctx does.
-func (d *daemon) ready(ctx context.Context, check func() error) error {
+// ready polls check until it succeeds, the server ends or ctx does, at most for
+// patience.
+func (d *daemon) ready(ctx context.Context, patience time.Duration, check func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
-		err := check()
+		err := check(ctx)
 		if err == nil {
 			return nil
 		}
