@@ -82,17 +82,18 @@ func execed() bool {
 	if os.Getpid() == 1 || os.Getppid() != 0 {
 		return false
 	}
-	first, err := rootMount(1)
+	first, err := lowestRoot(1)
 	if err != nil {
 		return false
 	}
-	own, err := rootMount(os.Getpid())
+	own, err := lowestRoot(os.Getpid())
 	return err == nil && own == first
 }
 
-// rootMount returns the ID of the mount at / as the process sees it. No two
-// mounts of a machine have the same.
-func rootMount(pid int) (int, error) {
+// lowestRoot returns the ID of the mount at / as the process sees it. No two
+// mounts of a machine have the same. Of several it is that of the engine, below the
+// one that boot may put over it at this moment.
+func lowestRoot(pid int) (int, error) {
 	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
 	if err != nil {
 		return 0, err

@@ -219,22 +219,16 @@ func readMounts() (*engineMounts, error) {
 }
 
 func sortMounts(all []*mountinfo.Info) (*engineMounts, error) {
-	var e engineMounts
-	rootID := -1
-	for _, m := range all {
-		if m.Mountpoint == "/" {
-			rootID = m.ID
-			e.readOnly = mountFlags(m.Options)&unix.MS_RDONLY != 0
-		}
+	root, err := rootMount(all)
+	if err != nil {
+		return nil, err
 	}
-	if rootID < 0 {
-		return nil, fmt.Errorf("read the mount table: no mount at /")
-	}
+	e := engineMounts{readOnly: mountFlags(root.Options)&unix.MS_RDONLY != 0}
 	for _, m := range all {
 		switch {
 		case ownMount(m.Mountpoint):
 			e.own = append([]string{m.Mountpoint}, e.own...) // innermost first, for unmounting
-		case m.Parent == rootID && m.ID != rootID:
+		case m.Parent == root.ID && m.ID != root.ID:
 			e.points = append(e.points, m.Mountpoint)
 		}
 		if strings.HasPrefix(m.Mountpoint, "/proc/") {
@@ -242,6 +236,16 @@ func sortMounts(all []*mountinfo.Info) (*engineMounts, error) {
 		}
 	}
 	return &e, nil
+}
+
+// rootMount returns the mount at /, the topmost of several.
+func rootMount(mounts []*mountinfo.Info) (*mountinfo.Info, error) {
+	for _, m := range slices.Backward(mounts) {
+		if m.Mountpoint == "/" {
+			return m, nil
+		}
+	}
+	return nil, errors.New("read the mount table: no mount at /")
 }
 
 func ownMount(mountpoint string) bool {

@@ -262,7 +262,11 @@ func startedBefore(mounts []*mountinfo.Info) bool {
 
 // noteStarted writes the note, also below --read-only.
 func noteStarted(mounts []*mountinfo.Info) error {
-	root, err := openVolume(rootMountOf(mounts))
+	at, err := rootMount(mounts)
+	if err != nil {
+		return err
+	}
+	root, err := openVolume(at)
 	if err != nil {
 		return err
 	}
@@ -273,22 +277,16 @@ func noteStarted(mounts []*mountinfo.Info) error {
 // containerName tells the container's root from that of others: an overlay's
 // upper directory stays the same for all its life.
 func containerName(mounts []*mountinfo.Info) string {
-	for option := range strings.SplitSeq(rootMountOf(mounts).VFSOptions, ",") {
+	root, err := rootMount(mounts)
+	if err != nil {
+		return ""
+	}
+	for option := range strings.SplitSeq(root.VFSOptions, ",") {
 		if dir, ok := strings.CutPrefix(option, "upperdir="); ok {
 			return dir
 		}
 	}
 	return ""
-}
-
-func rootMountOf(mounts []*mountinfo.Info) *mountinfo.Info {
-	root := &mountinfo.Info{Mountpoint: "/"}
-	for _, m := range mounts {
-		if m.Mountpoint == "/" {
-			root = m
-		}
-	}
-	return root
 }
 
 // initVolume completes a volume, unless another container does or has done it.
