@@ -16,6 +16,7 @@ umoci            umoci
 casync           casync
 sshd             openssh-server
 nginx            nginx
+promtool         prometheus
 busybox          busybox-static
 fsck.erofs       erofs-utils
 mmdebstrap       mmdebstrap

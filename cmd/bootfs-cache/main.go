@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
+	"github.com/container-bootfs/bootfs/internal/metrics"
 )
 
 func main() {
@@ -46,7 +47,7 @@ type keeper struct {
 	options  nodecache.Options
 	interval time.Duration
 	once     bool
-	metrics  string
+	metrics  metrics.Address
 	state    *state
 }
 
@@ -73,7 +74,7 @@ func parse(args []string, getenv func(string) string, stderr io.Writer) (*keeper
 	f.SetOutput(io.Discard)
 	size := f.String("size", getenv("BOOTFS_CACHE_SIZE"), "`SIZE` of the disk that the chunks may take, as in 20GiB; 0 is any (default $BOOTFS_CACHE_SIZE, or any)")
 	reserve := f.String("reserve", getenv("BOOTFS_CACHE_RESERVE"), "`SHARE` or size of the disk that stays free, as in 5% or 2GiB (default $BOOTFS_CACHE_RESERVE, or 5%, at most 10 GiB)")
-	f.StringVar(&k.metrics, "metrics", getenv("BOOTFS_METRICS"), "`ADDRESS` of metrics for Prometheus, [HOST]:PORT or unix:PATH (default $BOOTFS_METRICS, or none)")
+	at := f.String("metrics", getenv("BOOTFS_METRICS"), "`ADDRESS` of metrics for Prometheus, [HOST]:PORT or unix:PATH (default $BOOTFS_METRICS, or none)")
 	f.DurationVar(&k.interval, "interval", 30*time.Second, "`TIME` between two looks at the cache")
 	f.BoolVar(&k.once, "once", false, "look once and exit")
 	if err := f.Parse(args); err != nil {
@@ -103,6 +104,9 @@ func parse(args []string, getenv func(string) string, stderr io.Writer) (*keeper
 			return nil, err
 		}
 	}
+	if k.metrics, err = metrics.ParseAddress(*at); err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
 	if k.interval < time.Second {
 		return nil, fmt.Errorf("--interval %v: want 1s or more", k.interval)
 	}
@@ -117,12 +121,13 @@ func (k *keeper) keep(ctx context.Context) error {
 	} else if !info.IsDir() {
 		return fmt.Errorf("%s: %w", k.dir, syscall.ENOTDIR)
 	}
-	if k.metrics != "" {
-		stop, err := serveMetrics(k.metrics, k.state)
+	if !k.metrics.IsNowhere() {
+		l, err := k.metrics.Listen(nil)
 		if err != nil {
-			return fmt.Errorf("metrics: %w", err)
+			return err
 		}
-		defer stop()
+		defer l.Close()
+		go metrics.Serve(l, k.state.fill)
 	}
 	said := ""
 	for {

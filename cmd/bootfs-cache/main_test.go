@@ -79,7 +79,8 @@ func TestUsage(t *testing.T) {
 		{"--interval 1ms " + file, exitUsage, "want 1s or more"},
 		{"--once " + file, exitFailed, "not a directory"},
 		{"--once " + file + ".none", exitFailed, "no such file"},
-		{"--metrics nowhere " + filepath.Dir(file), exitFailed, "metrics: "},
+		{"--metrics nowhere " + filepath.Dir(file), exitUsage, `metrics: "nowhere": want [HOST]:PORT`},
+		{"--metrics unix:" + file + " " + filepath.Dir(file), exitFailed, "metrics cannot be served at "},
 	} {
 		var out bytes.Buffer
 		code := run(t.Context(), strings.Fields(test.args), noEnv, &out)
@@ -89,8 +90,7 @@ func TestUsage(t *testing.T) {
 	}
 }
 
-// TestKeep: the cache is looked at again and again, its metrics can be read, and
-// clients that send nothing keep nobody.
+// TestKeep: the cache is looked at again and again, and its metrics can be read.
 func TestKeep(t *testing.T) {
 	dir := fill(t, 100)
 	socket := filepath.Join(t.TempDir(), "metrics")
@@ -146,14 +146,6 @@ func TestKeep(t *testing.T) {
 			t.Errorf("got %s\nwant it to have %q", got, want)
 		}
 	}
-	for range 2 * maxClients {
-		c, err := net.Dial("unix", socket)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-	}
-	eventually("bootfs_cache_up 1")
 	// A cache that cannot be kept is said once, and kept when it can be again.
 	marker := filepath.Join(dir, ".bootfs-cache")
 	if err := os.WriteFile(marker, []byte(`{"version":99}`), 0o644); err != nil {

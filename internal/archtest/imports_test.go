@@ -18,8 +18,8 @@ const module = "github.com/container-bootfs/bootfs"
 // those of lower levels, so each can be understood without what stands above
 // it, and packages of one level without one another.
 var levels = [][]string{
-	{"chunker", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/httpio", "internal/scratch"},
-	{"index", "internal/hosts", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
+	{"chunker", "internal/answer", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/httpio", "internal/scratch"},
+	{"index", "internal/metrics", "internal/hosts", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
 	{"chunkstore", "internal/convcache", "internal/rootimage", "internal/lazy", "mount"},
 	{"chunkstore/httpstore", "chunkstore/local", "chunkstore/s3store", "chunkstore/sshstore", "registrystore", "internal/fill"},
 	{"chunkstore/nodecache", "internal/stores", "internal/transport"},

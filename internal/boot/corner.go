@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/container-bootfs/bootfs/internal/answer"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 )
 
@@ -76,30 +77,5 @@ func fillCorner(dir string) (*net.UnixListener, error) {
 
 // serveStatus writes the status to everybody who connects.
 func serveStatus(l net.Listener, r *reporter) {
-	serveEach(l, maxAsking, tellTimeout, func(conn net.Conn) { _ = r.writeStatus(conn) })
-}
-
-// serveEach has each connection answered, at most so many at a time; the others
-// wait in the kernel's queue. What is not done in time fails.
-func serveEach(l net.Listener, most int, timeout time.Duration, answer func(net.Conn)) {
-	free := make(chan struct{}, most)
-	for {
-		free <- struct{}{}
-		conn, err := l.Accept()
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		if err != nil {
-			// Descriptors can run out.
-			time.Sleep(acceptPause)
-			<-free
-			continue
-		}
-		go func() {
-			defer func() { <-free }()
-			defer conn.Close()
-			_ = conn.SetDeadline(time.Now().Add(timeout))
-			answer(conn)
-		}()
-	}
+	answer.Each(l, maxAsking, tellTimeout, func(conn net.Conn) { _ = r.writeStatus(conn) })
 }

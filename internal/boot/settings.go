@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
+	"github.com/container-bootfs/bootfs/internal/metrics"
 	"github.com/container-bootfs/bootfs/internal/stores"
 )
 
@@ -35,7 +36,7 @@ type settings struct {
 	cacheSize    *int64            // BOOTFS_CACHE_SIZE: bytes that the cache may take, 0: any; nil: not set
 	cacheReserve nodecache.Reserve // BOOTFS_CACHE_RESERVE: what it leaves free
 	offline      bool              // BOOTFS_OFFLINE: no store is reached over a network
-	metrics      metricsAddress    // BOOTFS_METRICS
+	metrics      metrics.Address   // BOOTFS_METRICS
 	keepSysAdmin bool              // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
 	sshPassword  string            // DROPBEAR_PASSWORD, as container-bootfs named it
 	sshAgent     string            // SSH_AUTH_SOCK: path of an agent's socket
@@ -55,9 +56,9 @@ func readSettings(env []string) (*settings, error) {
 		case "BOOTFS_INSECURE":
 			s.insecure = words(value)
 		case "BOOTFS_METRICS":
-			at, err := parseMetrics(value)
+			at, err := metrics.ParseAddress(value)
 			if err != nil {
-				return nil, err
+				return nil, fmt.Errorf("BOOTFS_METRICS=%w", err)
 			}
 			s.metrics = at
 		case "BOOTFS_MODE":

@@ -1,10 +1,15 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -84,4 +89,90 @@ func scrape(client *http.Client) (map[string]float64, error) {
 		values[name] = f.Metric[0].GetCounter().GetValue() + f.Metric[0].GetGauge().GetValue()
 	}
 	return values, nil
+}
+
+// TestPrometheusSample: Prometheus takes the configuration and the alerts of
+// samples/prometheus, finds nothing wrong with the metrics of a container and of the
+// keeper, and scrapes both. Compose takes the files of the samples.
+func TestPrometheusSample(t *testing.T) {
+	for _, sample := range []string{"prometheus", "cache"} {
+		cmd := exec.Command("docker-compose", "-f", "../../samples/"+sample+"/compose.yaml", "config", "--quiet")
+		cmd.Env = append(os.Environ(), "IMAGE="+w.image)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", sample, err, out)
+		}
+	}
+	dir := t.TempDir()
+	address := func() string { return net.JoinHostPort("127.0.0.1", freePort(t)) }
+	app, cache, server := address(), address(), address()
+	for file, changes := range map[string][]string{"prometheus.yml": {"app:9100", app, "cache:9464", cache, "30s", "1s"}, "rules.yml": nil} {
+		text, err := os.ReadFile("../../samples/prometheus/" + file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, file), []byte(strings.NewReplacer(changes...).Replace(string(text))), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	config := filepath.Join(dir, "prometheus.yml")
+	if out, err := exec.Command("promtool", "check", "config", config).CombinedOutput(); err != nil || !strings.Contains(string(out), "6 rules found") {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	keeper := filepath.Join(dir, "bootfs-cache")
+	if err := build(keeper, "../../cmd/bootfs-cache"); err != nil {
+		t.Fatal(err)
+	}
+	inBackground(t, keeper, "--metrics", cache, "--interval", "1s", t.TempDir())
+	inBackground(t, "prometheus", "--config.file", config, "--storage.tsdb.path", filepath.Join(dir, "data"), "--web.listen-address", server)
+	_, image := fidelityImage(t, "plain")
+	start(t, "--env", "BOOTFS_METRICS="+app, image, "sleep", "600")
+
+	for _, from := range []string{app, cache} {
+		var page string
+		eventually(t, "metrics at "+from, func() bool {
+			page = body("http://" + from + "/metrics")
+			return strings.Contains(page, "bootfs_")
+		})
+		lint := exec.Command("promtool", "check", "metrics")
+		lint.Stdin = strings.NewReader(page)
+		if out, err := lint.CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", from, err, out)
+		}
+	}
+	for _, job := range []string{"bootfs", "bootfs-cache"} {
+		eventually(t, "Prometheus has scraped "+job, func() bool {
+			return strings.Contains(body("http://"+server+"/api/v1/query?query="+url.QueryEscape(`up{job="`+job+`"} == 1`)), `"job":"`+job+`"`)
+		})
+	}
+}
+
+// inBackground runs a program until the test ends.
+func inBackground(t *testing.T, name string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill() // it may have ended
+		if err := cmd.Wait(); t.Failed() {
+			t.Logf("%s: %v\n%s", name, err, out.Bytes())
+		}
+	})
+}
+
+// body returns what is at a URL, or the error.
+func body(at string) string {
+	r, err := http.Get(at)
+	if err != nil {
+		return err.Error()
+	}
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	if err != nil {
+		return err.Error()
+	}
+	return string(text)
 }
