@@ -21,6 +21,7 @@
 //	status.go      how the container is doing, for who asks
 //	corner.go      where an exec can ask in a mounted root
 //	ask.go         the command that asks
+//	metrics.go     the same for Prometheus
 //
 // Boot itself stays in the root that the engine gave it, hidden below the new
 // one: its own path lookups (resolver, certificates, credentials) then never
@@ -71,8 +72,8 @@ func Main() int {
 	if asksStatus() {
 		return tellStatus(os.Args[2:], os.Stdout, os.Stderr)
 	}
-	level, err := logLevel(os.Getenv("BOOTFS_LOG"))
-	out := newConsole(os.Stderr, level)
+	logs, err := readLogSettings(os.Getenv)
+	out := newConsole(os.Stderr, logs)
 	defer out.flush()
 	status := 0
 	if err == nil {

@@ -37,7 +37,7 @@ func TestMeterLine(t *testing.T) {
 // TestProgressOnATerminal rewrites one line, and leaves nothing of it.
 func TestProgressOnATerminal(t *testing.T) {
 	var out strings.Builder
-	c := newConsole(&out, slog.LevelWarn)
+	c := newConsole(&out, logSettings{level: slog.LevelWarn})
 	c.say(utterance{text: "1 MB", progress: true})
 	c.say(utterance{text: "2 MB", progress: true})
 	c.log.Warn("a warning")
@@ -60,7 +60,7 @@ func TestKeeper(t *testing.T) {
 		{slog.LevelInfo, "bootfs: w n=1\nbootfs: w n=1\nbootfs: e\n", "bootfs: w n=1\nbootfs: w n=1\nbootfs: e\nbootfs: later\n"},
 	} {
 		var out strings.Builder
-		console := newConsole(&out, c.level)
+		console := newConsole(&out, logSettings{level: c.level})
 		log, release := console.keeping()
 		log.With("n", 1).Warn("w")
 		log.With("n", 1).Warn("w")

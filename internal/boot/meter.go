@@ -56,12 +56,13 @@ func (m *meter) run() {
 			continue // said to be quiet
 		}
 		done := m.done.Load()
-		line := "bootfs: " + m.line(time.Since(m.began))
+		line := m.line(time.Since(m.began))
 		if m.out.terminal {
 			next.Reset(meterTicks)
+			line = "bootfs: " + line
 		} else {
 			next.Reset(meterLines)
-			line += "\n"
+			line = m.out.line(slog.LevelInfo, line, nil)
 			if said && done == before {
 				continue // what stands in the way is said elsewhere
 			}

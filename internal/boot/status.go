@@ -5,13 +5,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"sync"
 	"time"
-	"unicode"
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
 // statusVersion is the version of the status's JSON. Names and meanings that it
@@ -255,13 +254,7 @@ func (r *reporter) keepStatus() error {
 // of a terminal's commands that a server's error could contain.
 func (s *status) print(w io.Writer) {
 	line := func(name, format string, args ...any) {
-		text := strings.Map(func(r rune) rune {
-			if !unicode.IsPrint(r) {
-				return '?'
-			}
-			return r
-		}, fmt.Sprintf(format, args...))
-		fmt.Fprintf(w, "%-9s %s\n", name, text)
+		fmt.Fprintf(w, "%-9s %s\n", name, httpio.OneLine(fmt.Sprintf(format, args...), maxWords))
 	}
 	line("state", "%s", s.stateInWords())
 	if s.Why != "" {
