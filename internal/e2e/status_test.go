@@ -237,3 +237,22 @@ func TestStatusByMode(t *testing.T) {
 	docker(t, "wait", id).want(t, "0\n")
 	docker(t, "start", "--attach", id).want(t, "the program\n")
 }
+
+// TestExecWhileNothingComes: an exec into a container whose root stands and whose
+// registry does not answer ends, as the engine's own read of /etc/passwd there does.
+func TestExecWhileNothingComes(t *testing.T) {
+	const limit = 6 * time.Second
+	release := w.proxy.hold(t)
+	defer release()
+	id := start(t, "--env", "BOOTFS_PREFETCH=none", "--env", "BOOTFS_READ_TIMEOUT="+limit.String(), w.image, "sleep", "600")
+	began := time.Now()
+	r := docker(t, "exec", id, "true")
+	t.Logf("after %v: %+v", time.Since(began), r)
+	if took := time.Since(began); r.code == 0 || r.stdout+r.stderr == "" || took > limit+2*time.Minute {
+		t.Errorf("after %v: %+v, want an error that is told", took, r)
+	}
+	docker(t, "wait", id).want(t, "125\n")
+	if l := docker(t, "logs", id).stderr; !strings.Contains(l, "bootfs: ") || !strings.Contains(l, w.proxy.address) {
+		t.Errorf("got %q, want what could not be had", l)
+	}
+}
