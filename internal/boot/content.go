@@ -371,13 +371,20 @@ func hasHostName(s chunkstore.StoreStats) bool {
 	return err != nil
 }
 
-// noChunks is why chunks of the program could not be had, nil if that is not
-// known.
+// noChunks is why chunks of the program could not be had.
 func (c *content) noChunks() error {
 	if c.offline != nil {
 		return c.offline.lastError()
 	}
-	return lastErrors(c.fetcher.Stats())
+	stats := c.fetcher.Stats()
+	if why := lastErrors(stats); why != nil {
+		return why
+	}
+	var asked []string
+	for _, store := range stats.Stores {
+		asked = append(asked, store.Name)
+	}
+	return fmt.Errorf("nothing has come in time from %s", strings.Join(asked, ", "))
 }
 
 // lastErrors is why chunks could not be had, as far as stores have said.
