@@ -50,12 +50,13 @@ type usage struct {
 	threads     int
 }
 
-func usageOf(t *testing.T, pid int) usage {
+func usageOf(t *testing.T, id string, pid int) usage {
 	t.Helper()
 	dir := fmt.Sprintf("/proc/%d/", pid)
 	f, err := os.Open(dir + "smaps_rollup")
 	if err != nil {
-		t.Fatal(err)
+		logs := docker(t, "logs", id)
+		t.Fatalf("%v; container %s: %s\n%s%s", err, id, docker(t, "inspect", "--format", "{{json .State}}", id).stdout, logs.stdout, logs.stderr)
 	}
 	defer f.Close()
 	u := usage{memory: -1}
@@ -172,7 +173,7 @@ func TestEndurance(t *testing.T) {
 			continue
 		}
 		for i, pid := range pids {
-			seen[i] = append(seen[i], usageOf(t, pid))
+			seen[i] = append(seen[i], usageOf(t, ids[i], pid))
 		}
 	}
 	t.Logf("%d losses of the network, %d tokens, %d requests", flaps, proxy.TokensIssued(), requests)
