@@ -72,7 +72,13 @@ func dataImage(t *testing.T, source string, bytesInAll int) {
 // convertAndPull converts source to image and pulls both.
 func convertAndPull(t *testing.T, source, image string) {
 	t.Helper()
-	if out, err := w.command("-q", "--boot", w.boot, source, image).CombinedOutput(); err != nil {
+	convertAndPullWith(t, w.boot, source, image)
+}
+
+// convertAndPullWith is convertAndPull with another boot binary.
+func convertAndPullWith(t *testing.T, boot, source, image string) {
+	t.Helper()
+	if out, err := w.command("-q", "--boot", boot, source, image).CombinedOutput(); err != nil {
 		t.Fatalf("convert: %v\n%s", err, out)
 	}
 	for _, ref := range []string{source, image} {

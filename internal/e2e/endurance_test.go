@@ -2,9 +2,12 @@ package e2e
 
 import (
 	"bufio"
+	"cmp"
+	"context"
 	"encoding/base64"
 	"fmt"
 	"math"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -20,22 +23,21 @@ import (
 // endurance is how long containers read on, and what happens to them.
 type endurance struct {
 	lasts     time.Duration
-	warm      time.Duration // from the start on, in which boot may still grow
 	token     time.Duration // lifetime of a token
 	url       time.Duration // lifetime of a signed URL
 	flap      time.Duration // from one loss of the network to the next
 	lost      time.Duration // how long it is lost
 	pause     time.Duration // between two reads of a container
-	mayGrowBy float64       // part of its memory that a boot may gain between the first fifth and the last
+	mayGrowBy float64       // part of its memory that a boot may gain from the second quarter to the last
 }
 
 var (
 	shortEndurance = endurance{
-		lasts: 20 * time.Second, warm: 4 * time.Second, token: 2 * time.Second, url: 3 * time.Second,
+		lasts: 20 * time.Second, token: 2 * time.Second, url: 3 * time.Second,
 		flap: 4 * time.Second, lost: time.Second, pause: 40 * time.Millisecond, mayGrowBy: math.Inf(1), // it has not filled its memory yet
 	}
 	longEndurance = endurance{
-		lasts: 20 * time.Minute, warm: 2 * time.Minute, token: time.Minute, url: 90 * time.Second,
+		lasts: 20 * time.Minute, token: time.Minute, url: 90 * time.Second,
 		flap: 30 * time.Second, lost: 5 * time.Second, pause: 80 * time.Millisecond, mayGrowBy: 0.05,
 	}
 )
@@ -46,17 +48,40 @@ const mostMemory = 52 << 20
 // usage is what a boot has at a moment.
 type usage struct {
 	memory      int64 // bytes that are its own
-	descriptors int
-	threads     int
+	descriptors int64
+	threads     int64
+	goroutines  int64
 }
 
-func usageOf(t *testing.T, id string, pid int) usage {
+// enduring is a container of TestEndurance.
+type enduring struct {
+	id      string
+	pid     int // of boot
+	metrics http.Client
+	seen    []usage
+}
+
+// startEnduring starts a container whose boot serves metrics at a socket in the
+// directory metrics.
+func startEnduring(t *testing.T, metrics, name string, args ...string) *enduring {
 	t.Helper()
-	dir := fmt.Sprintf("/proc/%d/", pid)
+	c := &enduring{id: startWith(t, []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--network", w.hostNetwork}, append([]string{
+		"--volume", metrics + ":/metrics", "--env", "BOOTFS_METRICS=unix:/metrics/" + name}, args...)...)}
+	c.pid = pidOf(t, c.id)
+	c.metrics.Transport = &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", filepath.Join(metrics, name))
+	}}
+	return c
+}
+
+// look notes what boot has now.
+func (c *enduring) look(t *testing.T) {
+	t.Helper()
+	dir := fmt.Sprintf("/proc/%d/", c.pid)
 	f, err := os.Open(dir + "smaps_rollup")
 	if err != nil {
-		logs := docker(t, "logs", id)
-		t.Fatalf("%v; container %s: %s\n%s%s", err, id, docker(t, "inspect", "--format", "{{json .State}}", id).stdout, logs.stdout, logs.stderr)
+		logs := docker(t, "logs", c.id)
+		t.Fatalf("%v; container %s: %s\n%s%s", err, c.id, docker(t, "inspect", "--format", "{{json .State}}", c.id).stdout, logs.stdout, logs.stderr)
 	}
 	defer f.Close()
 	u := usage{memory: -1}
@@ -72,33 +97,72 @@ func usageOf(t *testing.T, id string, pid int) usage {
 	if u.memory < 0 {
 		t.Fatal("smaps_rollup has no line Anonymous")
 	}
-	for name, n := range map[string]*int{"fd": &u.descriptors, "task": &u.threads} {
+	for name, n := range map[string]*int64{"fd": &u.descriptors, "task": &u.threads} {
 		entries, err := os.ReadDir(dir + name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		*n = len(entries)
+		*n = int64(len(entries))
 	}
-	return u
+	eventually(t, "boot's metrics", func() bool {
+		values, err := scrape(&c.metrics)
+		u.goroutines = int64(values["go_goroutines"])
+		return err == nil && u.goroutines > 0
+	})
+	c.seen = append(c.seen, u)
 }
 
-// median returns the middle one of what of has of us.
-func median[T int | int64](us []usage, of func(usage) T) T {
-	var all []T
-	for _, u := range us {
-		all = append(all, of(u))
+// medians returns the middle one of what of has seen in each quarter of the time.
+func (c *enduring) medians(of func(usage) int64) (quarters [4]int64) {
+	for i := range quarters {
+		var all []int64
+		for _, u := range c.seen[i*len(c.seen)/4 : (i+1)*len(c.seen)/4] {
+			all = append(all, of(u))
+		}
+		slices.Sort(all)
+		quarters[i] = all[len(all)/2]
 	}
-	slices.Sort(all)
-	return all[len(all)/2]
+	return quarters
+}
+
+// judge wants that boot has in the last quarter of the time what it had in the
+// second, in which it has filled its memory.
+func (c *enduring) judge(t *testing.T, mayGrowBy float64) (report string) {
+	t.Helper()
+	memory := c.medians(func(u usage) int64 { return u.memory })
+	grown := float64(memory[3])/float64(memory[1]) - 1
+	report = fmt.Sprintf("memory %d bytes, from the second quarter to the last %+.1f %%", memory, grown*100)
+	if grown > mayGrowBy {
+		t.Errorf("boot's memory has grown by %.1f %%, by quarters of the time in bytes: %d", grown*100, memory)
+	}
+	if most := slices.MaxFunc(c.seen, func(a, b usage) int { return cmp.Compare(a.memory, b.memory) }).memory; most > mostMemory {
+		t.Errorf("boot's memory was %d MB at most", most>>20)
+	}
+	for _, what := range []struct {
+		name string
+		of   func(usage) int64
+	}{
+		{"descriptors", func(u usage) int64 { return u.descriptors }},
+		{"threads", func(u usage) int64 { return u.threads }},
+		{"goroutines", func(u usage) int64 { return u.goroutines }},
+	} {
+		n := c.medians(what.of)
+		report += fmt.Sprintf("; %s %d", what.name, n)
+		// What each loss of the network leaves behind would be more by the last quarter.
+		if n[3] > n[1]+n[1]/4+2 {
+			t.Errorf("%s by quarters of the time: %d", what.name, n)
+		}
+	}
+	return report
 }
 
 // TestEndurance lets containers read files that are not at hand, from a registry
 // whose tokens and signed URLs die soon, over a network that is lost again and
-// again. No read fails, and boot has in the end what it had in the beginning.
+// again. No read fails, and boot has in the end what it had when it was warm.
 func TestEndurance(t *testing.T) {
 	const containers = 8
 	e := shortEndurance
-	if soak {
+	if inLongForm(t) {
 		e = longEndurance
 	}
 	proxy, err := faultproxy.New("http://" + w.registry.Address)
@@ -135,18 +199,16 @@ func TestEndurance(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(secrets, "config.json"), login, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	var ids []string
-	var pids []int
-	for range containers {
-		id := startWith(t, []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--network", w.hostNetwork},
-			"--volume", secrets+":/.bootfs/secrets:ro", "--tmpfs", "/.bootfs/rw:size=8m", "--env", "BOOTFS_PREFETCH=none", image, "testapp", "churn", "/data", e.pause.String())
-		ids, pids = append(ids, id), append(pids, pidOf(t, id))
+	metrics := t.TempDir()
+	var all []*enduring
+	for i := range containers {
+		all = append(all, startEnduring(t, metrics, fmt.Sprint(i), "--volume", secrets+":/.bootfs/secrets:ro", "--tmpfs", "/.bootfs/rw:size=8m",
+			"--env", "BOOTFS_PREFETCH=none", image, "testapp", "churn", "/data", e.pause.String()))
 	}
 
 	began := time.Now()
 	healed := began.Add(-e.lost)
 	flaps, requests := 0, 0
-	seen := make([][]usage, containers)
 	for time.Since(began) < e.lasts {
 		if time.Since(healed) > e.flap-e.lost {
 			for _, p := range network {
@@ -169,11 +231,8 @@ func TestEndurance(t *testing.T) {
 		time.Sleep(min(time.Second, e.lasts/50))
 		requests += len(proxy.Log())
 		proxy.ClearLog()
-		if time.Since(began) < e.warm {
-			continue
-		}
-		for i, pid := range pids {
-			seen[i] = append(seen[i], usageOf(t, ids[i], pid))
+		for _, c := range all {
+			c.look(t)
 		}
 	}
 	t.Logf("%d losses of the network, %d tokens, %d requests", flaps, proxy.TokensIssued(), requests)
@@ -181,31 +240,19 @@ func TestEndurance(t *testing.T) {
 		t.Errorf("%d tokens were given: none has expired", proxy.TokensIssued())
 	}
 
-	for i, id := range ids {
-		if r := docker(t, "kill", "--signal", "TERM", id); r.code != 0 {
-			t.Errorf("container %d: %s", i, r.stderr)
-		}
-		code := strings.TrimSpace(docker(t, "wait", id).stdout)
-		logs := docker(t, "logs", id)
-		reads, err := strconv.Atoi(strings.TrimSpace(logs.stdout))
-		if code != "0" || err != nil || reads < 10 {
-			t.Errorf("container %d: exit %s, stdout %q, stderr:\n%s", i, code, logs.stdout, logs.stderr)
-		}
-
-		fifth := max(1, len(seen[i])/5)
-		first, last := seen[i][:fifth], seen[i][len(seen[i])-fifth:]
-		memory := func(u usage) int64 { return u.memory }
-		descriptors := func(u usage) int { return u.descriptors }
-		threads := func(u usage) int { return u.threads }
-		grown := float64(median(last, memory))/float64(median(first, memory)) - 1
-		t.Logf("container %d: %d reads; memory %.1f MB, then %.1f MB: %+.1f %%; descriptors %d, then %d; threads %d, then %d", i, reads,
-			float64(median(first, memory))/1e6, float64(median(last, memory))/1e6, grown*100,
-			median(first, descriptors), median(last, descriptors), median(first, threads), median(last, threads))
-		if most := slices.MaxFunc(seen[i], func(a, b usage) int { return int(a.memory - b.memory) }).memory; grown > e.mayGrowBy || most > mostMemory {
-			t.Errorf("container %d: boot's memory has grown by %.1f %%, and was %d MB at most", i, grown*100, most>>20)
-		}
-		if before, after := median(first, descriptors), median(last, descriptors); after > before+before/4 {
-			t.Errorf("container %d: %d descriptors, then %d", i, before, after)
-		}
+	for i, c := range all {
+		t.Run(fmt.Sprint("container ", i), func(t *testing.T) {
+			report := c.judge(t, e.mayGrowBy)
+			if r := docker(t, "kill", "--signal", "TERM", c.id); r.code != 0 {
+				t.Error(r.stderr)
+			}
+			code := strings.TrimSpace(docker(t, "wait", c.id).stdout)
+			logs := docker(t, "logs", c.id)
+			reads, err := strconv.Atoi(strings.TrimSpace(logs.stdout))
+			if code != "0" || err != nil || reads < 10 {
+				t.Errorf("exit %s, stdout %q, stderr:\n%s", code, logs.stdout, logs.stderr)
+			}
+			t.Logf("%d reads; %s", reads, report)
+		})
 	}
 }

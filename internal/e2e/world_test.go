@@ -49,6 +49,19 @@ var w *world
 // soak has tests done in their long form.
 var soak = os.Getenv("BOOTFS_SOAK") != ""
 
+// long are the tests that have been begun in their long form.
+var long sync.Map
+
+// inLongForm reports whether t, which takes half an hour, is to do so: in the soak
+// test, and there once.
+func inLongForm(t *testing.T) bool {
+	if !soak {
+		return false
+	}
+	_, done := long.LoadOrStore(t.Name(), true)
+	return !done
+}
+
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(containerRoot); dir != "" {
 		fmt.Fprintln(os.Stderr, "enter the container:", enterContainer(dir, os.Args[1:]))
