@@ -19,6 +19,10 @@ const (
 	cacheWriters = 8
 	cacheQueue   = 64 // chunks
 
+	// fewRefused is how many writes in a row a cache may refuse that others fill as
+	// well: one that is being evicted from refuses a few and takes the next.
+	fewRefused = 8
+
 	// flushPause is how long chunks gather before the cache is told to bring them
 	// to disk: fewer, larger commits, and not in the way of what is fetched now.
 	flushPause = 500 * time.Millisecond
@@ -51,7 +55,7 @@ type cache struct {
 	// stalled is set when a chunk found no room in time and until a write ends.
 	// While it is set nobody waits for room again.
 	stalled atomic.Bool
-	refuses atomic.Bool // the last write failed
+	refused atomic.Int32 // writes that have failed since one was good
 
 	count                                     counter
 	shared, written, dropped, faults, corrupt atomic.Int64
@@ -152,7 +156,7 @@ func (c *cache) takes() bool {
 	case <-c.closing:
 		return false
 	default:
-		return !c.stalled.Load() && !c.refuses.Load()
+		return !c.stalled.Load() && c.refused.Load() < fewRefused
 	}
 }
 
@@ -181,7 +185,11 @@ func (c *cache) writeOne(e cacheEntry) {
 		e.release()
 	}
 	c.stalled.Store(false)
-	c.refuses.Store(err != nil)
+	if err != nil {
+		c.refused.Add(1)
+	} else {
+		c.refused.Store(0)
+	}
 	switch {
 	case err == nil:
 		c.written.Add(1)

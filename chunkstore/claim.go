@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/container-bootfs/bootfs/index"
@@ -52,6 +53,7 @@ const (
 type neighbours struct {
 	Claimer
 	rounds [2]patience
+	there  atomic.Bool // a claim of theirs was seen
 
 	mu    sync.Mutex    // guards what follows
 	slow  time.Duration // that the last claims took, all of them slow
@@ -93,8 +95,15 @@ func (n *neighbours) timed(id index.ID) (release func(), ok bool) {
 	start := time.Now()
 	release, ok = n.Claim(id)
 	n.took(time.Since(start))
+	if !ok {
+		n.there.Store(true)
+	}
 	return release, ok
 }
+
+// met reports whether others were seen to fetch what this process wants. There may
+// be no neighbours at all.
+func (n *neighbours) met() bool { return n != nil && n.there.Load() }
 
 func (n *neighbours) took(d time.Duration) {
 	n.mu.Lock()

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -370,6 +371,35 @@ func TestNobodyWaitsForAFullCache(t *testing.T) {
 			cache.wantReleased(t)
 		})
 	}
+}
+
+// TestSomeWritesAreRefused: a cache that refuses some writes, as one does that is
+// being evicted from, is still filled by one fetch for all.
+func TestSomeWritesAreRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cache, store := newClaimed(), slow(100*time.Millisecond)
+		var writes atomic.Int64
+		cache.onPut = func(context.Context) error {
+			if writes.Add(1)%4 == 0 {
+				return ErrFull
+			}
+			return nil
+		}
+		var g sync.WaitGroup
+		for range 8 {
+			f := fetcher(t, cache, store)
+			g.Go(func() {
+				for i := range chunks {
+					wantPlain(t, f, within(t, time.Minute), i)
+				}
+			})
+		}
+		g.Wait()
+		if n, most := store.gets.Load(), int64(len(chunks)*3/2); n > most {
+			t.Errorf("got %d requests for %d chunks, want at most %d", n, len(chunks), most)
+		}
+		cache.wantReleased(t)
+	})
 }
 
 // TestClaimedDamage: several processes that find a damaged chunk heal it with one

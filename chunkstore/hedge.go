@@ -28,6 +28,10 @@ const (
 	// shall not get twice as much.
 	hedgesFree = 32
 	hedgeShare = 20
+	// hedgesShared is hedgesFree where others fetch the same image at the same
+	// time: their line is slow because all of them are on it, and with a chunk
+	// that is fetched for all each of them has its own few to ask for twice.
+	hedgesShared = 2
 
 	// outrunLimit is how often in a row a second request to another store may win
 	// before the slow store counts as one in trouble.
@@ -86,11 +90,12 @@ func (h *hedges) ask(n int) {
 	h.asked += n
 }
 
-// allow reports whether n chunks may be asked for a second time.
-func (h *hedges) allow(n int) bool {
+// allow reports whether n chunks may be asked for a second time, free of them
+// whatever was asked for.
+func (h *hedges) allow(n, free int) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.hedged+n > hedgesFree+h.asked/hedgeShare {
+	if h.hedged+n > free+h.asked/hedgeShare {
 		return false
 	}
 	h.hedged += n
@@ -199,7 +204,11 @@ func (f *Fetcher) hedge(ctx context.Context, first *attempt, others []*source, w
 		}
 		timer.Reset(slow - silent)
 	}
-	if len(open) == 0 || ctx.Err() != nil || !f.hedges.allow(len(open)) {
+	free := hedgesFree
+	if f.neighbours.met() {
+		free = hedgesShared
+	}
+	if len(open) == 0 || ctx.Err() != nil || !f.hedges.allow(len(open), free) {
 		<-first.done
 		return nil
 	}

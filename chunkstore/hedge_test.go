@@ -145,6 +145,41 @@ func TestHedgeShare(t *testing.T) {
 	})
 }
 
+// TestHedgeAmongOthers: those who fetch the same image over the same line do not
+// ask for all of it twice because it is slow; a chunk that does not come they do.
+func TestHedgeAmongOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cache, b := newClaimed(), &batching{memory: newMemory("a", good...)}
+		cache.onPut = func(context.Context) error { return ErrFull }
+		b.onBatch = func(ctx context.Context, _ int64, at int) error {
+			if at > 0 {
+				return nil
+			}
+			return pause(ctx, 5*time.Second)
+		}
+		release, _ := cache.Claim(chunks[0].ID)
+		time.AfterFunc(100*time.Millisecond, release)
+		f := fetcher(t, cache, b)
+		if order, err := fetchAll(t, f, chunks); err != nil || len(order) != len(chunks) {
+			t.Errorf("got %d chunks, %v", len(order), err)
+		}
+		if n := f.Stats().Stores[0].Hedges; n != 0 {
+			t.Errorf("got %d hedges for a line that is slow for all, want none", n)
+		}
+		b.set(func(ctx context.Context, _ int64) error {
+			if IsFresh(ctx) {
+				return nil
+			}
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		wantPlain(t, f, within(t, time.Minute), 0)
+		if n := f.Stats().Stores[0].Hedges; n != 1 {
+			t.Errorf("got %d hedges for a chunk that does not come, want 1", n)
+		}
+	})
+}
+
 // TestNoHedges: none are sent where there shall be none, nor while the receiver
 // is what is slow.
 func TestNoHedges(t *testing.T) {
