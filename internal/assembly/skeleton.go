@@ -217,7 +217,7 @@ func (s *skeleton) linkAll(dir string) {
 		return
 	}
 	s.linked[at] = true
-	for _, name := range n.Names() {
+	for _, name := range namesOf(n, mayRun) {
 		if len(s.files) > maxSkeleton {
 			return
 		}
@@ -241,7 +241,7 @@ func (s *skeleton) linkElsewhere() {
 		if s.inVolume(d.path) {
 			continue
 		}
-		for _, name := range d.node.Names() {
+		for _, name := range namesOf(d.node, func(n *tree.Inode) bool { return n.IsDir() || mayRun(n) }) {
 			at, n := path.Join(d.path, name), d.node.Entries[name]
 			if n.IsDir() {
 				queue = append(queue, dir{at, n})
@@ -267,6 +267,24 @@ func (s *skeleton) linkElsewhere() {
 			s.follow(name)
 		}
 	}
+}
+
+// namesOf returns the names of those entries of dir that keep accepts, sorted
+// bytewise. They are few where dir has a million.
+func namesOf(dir *tree.Inode, keep func(*tree.Inode) bool) []string {
+	var names []string
+	for name, n := range dir.Entries {
+		if keep(n) {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
+// mayRun reports whether n is an executable or a symlink, which may lead to one.
+func mayRun(n *tree.Inode) bool {
+	return n.IsSymlink() || n.IsRegular() && n.Mode&0o111 != 0
 }
 
 // link puts a link to boot at the place of an executable, so that boot is what
@@ -303,9 +321,9 @@ func (s *skeleton) addDirs() {
 	left := maxDirs
 	for queue := []dir{{"/", s.src.Root}}; len(queue) > 0 && left > 0; queue = queue[1:] {
 		d := queue[0]
-		for _, name := range d.node.Names() {
+		for _, name := range namesOf(d.node, (*tree.Inode).IsDir) {
 			at, n := path.Join(d.path, name), d.node.Entries[name]
-			if !n.IsDir() || s.inVolume(path.Dir(at)) {
+			if s.inVolume(path.Dir(at)) {
 				continue
 			}
 			switch at {

@@ -28,7 +28,7 @@ type Layout struct {
 // node is one inode in its place.
 type node struct {
 	inode       *tree.Inode
-	name        string // of the first entry that leads here; "" for the root
+	entry       int32  // in Layout.dirents: the first that leads here; of the root, its "."
 	parent      int32  // node of that entry's directory; the root is its own
 	links       uint32 // entries that lead here; 2 + subdirectories for a directory
 	first, last int32  // of a directory: its entries are dirents[first:last]
@@ -47,7 +47,8 @@ type dirent struct {
 var xattrClasses = [...]string{"security", "system", "trusted", "user"}
 
 // NewLayout places every inode of t. An inode that EROFS cannot hold is refused
-// with its path. Link counts are those of the entries, whatever Nlink says.
+// with its path. Link counts are those of the entries, whatever Nlink says; but
+// one that says 1, and is no directory, is taken at its word.
 func NewLayout(t *tree.Tree) (*Layout, error) {
 	l := new(Layout)
 	if err := l.collect(t.Root); err != nil {
@@ -64,7 +65,7 @@ func (l *Layout) collect(root *tree.Inode) error {
 	if root == nil || root.Mode&unix.S_IFMT != unix.S_IFDIR {
 		return errors.New("root image: the tree's root is not a directory")
 	}
-	seen := map[*tree.Inode]int32{root: 0}
+	seen := l.allocate(root)
 	l.nodes = append(l.nodes, node{inode: root, links: 2})
 	if err := l.check(0); err != nil {
 		return err
@@ -96,7 +97,12 @@ func (l *Layout) collect(root *tree.Inode) error {
 				return fmt.Errorf("%q: entry %q has no inode", l.Path(int(d)), name)
 			}
 			isDir := inode.Mode&unix.S_IFMT == unix.S_IFDIR
-			if i, ok := seen[inode]; ok {
+			shared := isDir || inode.Nlink != 1
+			var i int32
+			if shared {
+				i = seen[inode]
+			}
+			if i > 0 || inode == root {
 				if isDir {
 					return fmt.Errorf("%q: entry %q is a second link to directory %q", l.Path(int(d)), name, l.Path(int(i)))
 				}
@@ -104,10 +110,12 @@ func (l *Layout) collect(root *tree.Inode) error {
 				dir[k].node = i
 				continue
 			}
-			i := int32(len(l.nodes))
-			seen[inode] = i
+			i = int32(len(l.nodes))
+			if shared {
+				seen[inode] = i
+			}
 			dir[k].node = i
-			n := node{inode: inode, name: name, parent: d, links: 1}
+			n := node{inode: inode, entry: int32(start + k), parent: d, links: 1}
 			if isDir {
 				n.links = 2
 				l.nodes[d].links++
@@ -121,6 +129,32 @@ func (l *Layout) collect(root *tree.Inode) error {
 		slices.Reverse(dirs[pending:]) // the first in the order of names is the next
 	}
 	return nil
+}
+
+// allocate makes room for all nodes and entries below root, which would take
+// twice as much if it grew, and returns the table of the inodes that more than
+// one entry may lead to: most have one only, and need no place in it. Its
+// directories stand there already, as 0.
+func (l *Layout) allocate(root *tree.Inode) map[*tree.Inode]int32 {
+	seen := map[*tree.Inode]int32{root: 0}
+	nodes, dirents := 1, 0
+	for dirs := []*tree.Inode{root}; len(dirs) > 0; {
+		d := dirs[len(dirs)-1]
+		dirs = dirs[:len(dirs)-1]
+		nodes += len(d.Entries)
+		dirents += len(d.Entries) + 2
+		for _, n := range d.Entries {
+			if n == nil || n.Mode&unix.S_IFMT != unix.S_IFDIR {
+				continue
+			}
+			if _, known := seen[n]; !known { // a second entry is refused later
+				seen[n] = 0
+				dirs = append(dirs, n)
+			}
+		}
+	}
+	l.nodes, l.dirents = make([]node, 0, nodes), make([]dirent, 0, dirents)
+	return seen
 }
 
 func checkName(name string) error {
@@ -314,13 +348,18 @@ func (l *Layout) Files() iter.Seq2[int, *tree.Inode] {
 func (l *Layout) Inode(i int) *tree.Inode { return l.nodes[i].inode }
 
 // Name returns the last component of inode i's path, "" for the root's.
-func (l *Layout) Name(i int) string { return l.nodes[i].name }
+func (l *Layout) Name(i int) string {
+	if i == 0 {
+		return ""
+	}
+	return l.dirents[l.nodes[i].entry].name
+}
 
 // Path returns the first path that leads to inode i, from "/".
 func (l *Layout) Path(i int) string {
 	var names []string
 	for ; i != 0; i = int(l.nodes[i].parent) {
-		names = append(names, l.nodes[i].name)
+		names = append(names, l.Name(i))
 	}
 	slices.Reverse(names)
 	return path.Join("/", strings.Join(names, "/"))

@@ -148,7 +148,8 @@ func (l *lister) node(h *header) (*tree.Inode, error) {
 	if h.uid < 0 || h.uid >= math.MaxUint32 || h.gid < 0 || h.gid >= math.MaxUint32 {
 		return nil, fmt.Errorf("owner %d:%d: ids go from 0 to %d", h.uid, h.gid, uint32(math.MaxUint32-1))
 	}
-	n := &tree.Inode{
+	n := l.newInode()
+	*n = tree.Inode{
 		Mode:      uint32(h.mode & 0o7777),
 		UID:       uint32(h.uid),
 		GID:       uint32(h.gid),

@@ -147,9 +147,23 @@ type lister struct {
 	source io.ReaderAt // of the extents: the spool's file or Blob.Plain
 	spool  *spool      // nil when the files are read in place
 
-	metadata int64  // bytes counted against Limits.Metadata
-	dir      string // of the latest entry: neighbours share the string
-	window   []byte // for files that are searched for zeros
+	metadata int64        // bytes counted against Limits.Metadata
+	dir      string       // of the latest entry: neighbours share the string
+	window   []byte       // for files that are searched for zeros
+	inodes   []tree.Inode // the next ones
+}
+
+// inodesPiece is how many inodes are allocated together: one piece fills what
+// the allocator has for it, and the collector has one thing to look at.
+const inodesPiece = 56
+
+func (l *lister) newInode() *tree.Inode {
+	if len(l.inodes) == 0 {
+		l.inodes = make([]tree.Inode, inodesPiece)
+	}
+	n := &l.inodes[0]
+	l.inodes = l.inodes[1:]
+	return n
 }
 
 func (l *lister) list() error {

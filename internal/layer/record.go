@@ -264,7 +264,8 @@ func isName(s string, k kind) bool {
 }
 
 func (d *decoder) inode() *tree.Inode {
-	n := &tree.Inode{
+	n := d.newInode()
+	*n = tree.Inode{
 		Mode:      uint32(d.uint(unix.S_IFMT | 0o7777)),
 		UID:       uint32(d.uint(math.MaxUint32 - 1)),
 		GID:       uint32(d.uint(math.MaxUint32 - 1)),

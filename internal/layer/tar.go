@@ -3,6 +3,7 @@ package layer
 import (
 	"bufio"
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"io"
 	"math"
@@ -67,6 +68,8 @@ type scanner struct {
 	data int64 // bytes of the latest entry's data that are not yet taken
 	pad  int64 // bytes between that data and the next header
 	blk  [blockSize]byte
+
+	latest header // what next has returned
 }
 
 var (
@@ -142,8 +145,8 @@ func (s *scanner) expect(h *header) error {
 	return nil
 }
 
-// next returns the next entry, its data still to be read. io.EOF is the end
-// of the archive.
+// next returns the next entry, its data still to be read. It is valid until the
+// next call. io.EOF is the end of the archive.
 func (s *scanner) next() (*header, error) {
 	var px pax
 	var longName, longLink string
@@ -244,7 +247,7 @@ func (s *scanner) header() (*header, error) {
 		return nil, errChecksum
 	}
 	var n number
-	h := &header{
+	s.latest = header{
 		typ:      b[156],
 		name:     cString(b[:100]),
 		link:     cString(b[157:257]),
@@ -254,6 +257,7 @@ func (s *scanner) header() (*header, error) {
 		size:     n.parse(b[124:136]),
 		mtimeSec: n.parse(b[136:148]),
 	}
+	h := &s.latest
 	magic := string(b[257:263])
 	gnu := magic == "ustar " && string(b[263:265]) == " \x00"
 	if magic == "ustar\x00" || gnu {
@@ -293,17 +297,29 @@ func checksumOK(b *[blockSize]byte) bool {
 	if n.err != nil {
 		return false
 	}
-	// Old Sun tars summed signed bytes.
-	var unsigned, signed int64
-	for _, c := range b {
-		unsigned += int64(c)
-		signed += int64(int8(c))
+	// The sums of even and odd bytes, four of each at a time, in lanes of 16
+	// bits: 512 bytes cannot fill one.
+	const even = 0x00ff00ff00ff00ff
+	var lanes uint64
+	for i := 0; i < blockSize; i += 8 {
+		w := binary.LittleEndian.Uint64(b[i:])
+		lanes += w&even + w>>8&even
 	}
+	unsigned := int64(lanes&0xffff + lanes>>16&0xffff + lanes>>32&0xffff + lanes>>48)
 	for _, c := range b[148:156] {
 		unsigned += ' ' - int64(c)
-		signed += ' ' - int64(int8(c))
 	}
-	return want == unsigned || want == signed
+	if want == unsigned {
+		return true
+	}
+	// Old Sun tars summed signed bytes.
+	signed := unsigned
+	for i, c := range b {
+		if c >= 0x80 && (i < 148 || i >= 156) {
+			signed -= 0x100
+		}
+	}
+	return want == signed
 }
 
 func cString(b []byte) string {

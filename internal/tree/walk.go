@@ -3,14 +3,18 @@ package tree
 import (
 	"errors"
 	"io/fs"
-	"maps"
 	"slices"
 	"strings"
 )
 
 // Names returns the names of a directory's entries, sorted bytewise.
 func (n *Inode) Names() []string {
-	return slices.Sorted(maps.Keys(n.Entries))
+	names := make([]string, 0, len(n.Entries))
+	for name := range n.Entries {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
 }
 
 // Walk calls fn for every entry of the tree: "/" first, a directory before
