@@ -57,9 +57,12 @@ func (c *Cache) checkMarker() (bool, error) {
 		return unknown("its marker cannot be read (%v)", err)
 	}
 	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, maxMarker))
+	raw, err := io.ReadAll(io.LimitReader(f, maxMarker+1))
 	if err != nil {
 		return unknown("its marker cannot be read (%v)", err)
+	}
+	if len(raw) > maxMarker {
+		return unknown("its marker %s is not understood (it has more than %d bytes)", markerName, maxMarker)
 	}
 	var m marker
 	if err := json.Unmarshal(raw, &m); err != nil {

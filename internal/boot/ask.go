@@ -68,11 +68,9 @@ func tellStatus(args []string, stdout, stderr io.Writer) int {
 		return exitUsage
 	}
 	answer, err := askBoot()
-	var s status
+	var s *status
 	if err == nil {
-		if err = json.Unmarshal(answer, &s); err != nil || s.Version == 0 {
-			err = errors.New("what the container's boot has answered is no status")
-		}
+		s, err = parseStatus(answer)
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "bootfs: "+err.Error())
@@ -84,6 +82,16 @@ func tellStatus(args []string, stdout, stderr io.Writer) int {
 		s.print(stdout)
 	}
 	return exitTold
+}
+
+// parseStatus reads what boot has answered, or the file that it left behind: of
+// that the app may have made anything.
+func parseStatus(answer []byte) (*status, error) {
+	var s status
+	if err := json.Unmarshal(answer, &s); err != nil || s.Version == 0 {
+		return nil, errors.New("what the container's boot has answered is no status")
+	}
+	return &s, nil
 }
 
 // askBoot returns the status as JSON, in seconds.
@@ -157,10 +165,15 @@ func readAnswer(conn net.Conn) ([]byte, error) {
 
 // keptStatus returns what the boot that has filled the root left behind.
 func keptStatus(config *bootimage.Config) ([]byte, error) {
-	f, err := os.Open(bootimage.StatusPath)
+	// The app may have put something in its place that never ends.
+	f, err := os.OpenFile(bootimage.StatusPath, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
 	if err == nil {
 		defer f.Close()
-		b, failed := io.ReadAll(io.LimitReader(f, maxAnswer))
+		var b []byte
+		info, failed := f.Stat()
+		if failed == nil && info.Mode().IsRegular() {
+			b, failed = io.ReadAll(io.LimitReader(f, maxAnswer))
+		}
 		var s status
 		if failed == nil && json.Unmarshal(b, &s) == nil && s.Image.Root == config.IndexDigest {
 			return b, nil

@@ -14,7 +14,7 @@ import (
 
 // writeBundle writes the images of ref, and returns the file and the digest of
 // its index. whole copies what ref stands for.
-func writeBundle(t *testing.T, ref, name string, whole bool) (file, digest string) {
+func writeBundle(t testing.TB, ref, name string, whole bool) (file, digest string) {
 	t.Helper()
 	ctx := context.Background()
 	src := open(t, ref, Options{})
