@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -248,9 +250,15 @@ const (
 	damageKinds
 )
 
+func (d damage) String() string {
+	return [damageKinds]string{"flip", "truncate", "zero", "swap", "swap as long"}[d]
+}
+
 // spoil returns the stored form of chunk id with some damage, which it has so
-// that no decoder finds its content. An overlaid one keeps its length.
-func (e *damageEnv) spoil(rng *rand.Rand, id index.ID, overlaid bool) []byte {
+// that no decoder finds its content, and counts it. An overlaid one keeps its
+// length.
+func (r *damageRound) spoil(rng *rand.Rand, id index.ID, overlaid bool) []byte {
+	e := r.damageEnv
 	for {
 		b := bytes.Clone(e.frames[id])
 		kind := damage(rng.IntN(int(damageKinds)))
@@ -265,6 +273,7 @@ func (e *damageEnv) spoil(rng *rand.Rand, id index.ID, overlaid bool) []byte {
 		case kind == swapEqual && len(equal) > 1:
 			copy(b, e.frames[equal[rng.IntN(len(equal))]])
 		default:
+			kind = swap
 			other := e.frames[e.names[rng.IntN(len(e.names))]]
 			if overlaid {
 				copy(b, other)
@@ -274,6 +283,7 @@ func (e *damageEnv) spoil(rng *rand.Rand, id index.ID, overlaid bool) []byte {
 		}
 		// A bit may stand in a place that no decoder looks at.
 		if _, err := chunkstore.Decode(nil, b, index.SHA256, e.chunks[id]); err != nil {
+			r.done[kind].Add(1)
 			return b
 		}
 	}
@@ -293,9 +303,11 @@ type damageRound struct {
 	cached bool
 	// Reads may fail: the only copies are damaged, or the network stops.
 	only, stalls bool
-	// injected is how many damages there were.
-	injected func() int
-	refused  int // files
+	// done counts the damages by kind.
+	done [damageKinds]atomic.Int64
+	// count adds those to done that are known at the end only; may be nil.
+	count   func()
+	refused int // files
 }
 
 // pick makes n chunks of files victims.
@@ -305,7 +317,6 @@ func (r *damageRound) pick(n int) []index.ID {
 		picked = append(picked, r.names[i])
 		r.victims[r.names[i]] = true
 	}
-	r.injected = func() int { return n }
 	return picked
 }
 
@@ -391,7 +402,7 @@ func (r *damageRound) cutPack() {
 			r.t.Fatal(err)
 		}
 	})
-	r.injected = func() int { return 1 }
+	r.done[truncate].Add(1)
 }
 
 // The stores.
@@ -441,11 +452,6 @@ func (r *damageRound) proxy(upstream string, n int, take func(q *http.Request) m
 	}
 	rng := rand.New(rand.NewPCG(r.rng.Uint64(), 0))
 	r.victims = nil // all are right in the store
-	r.injected = func() int {
-		mu.Lock()
-		defer mu.Unlock()
-		return n - len(left)
-	}
 	p.Set(faultproxy.Change(func(q *http.Request, body []byte) []byte {
 		mu.Lock()
 		defer mu.Unlock()
@@ -493,6 +499,7 @@ func (r *damageRound) chunksOfRange(q *http.Request) map[index.ID]int {
 type damagePlace struct {
 	name string
 	n    int // chunks
+	many int // chunks with BOOTFS_SOAK; 0: n, where reads are refused, which takes time
 	do   func(r *damageRound, n int)
 }
 
@@ -501,19 +508,19 @@ type damagePlace struct {
 const inFlight = 3
 
 var damagePlaces = []damagePlace{
-	{name: "cache before a registry", n: 60, do: func(r *damageRound, n int) {
+	{name: "cache before a registry", n: 60, many: 180, do: func(r *damageRound, n int) {
 		r.fromRegistry(w.registry.Address)
 		r.cached = true
 		r.spoilFiles(r.cache, r.pick(n))
 		r.heal = nil // by reading
 	}},
-	{name: "cache before a directory", n: 60, do: func(r *damageRound, n int) {
+	{name: "cache before a directory", n: 60, many: 180, do: func(r *damageRound, n int) {
 		r.fromDirectory(r.master.String())
 		r.cached = true
 		r.spoilFiles(r.cache, r.pick(n))
 		r.heal = nil
 	}},
-	{name: "cache before a web server", n: 60, do: func(r *damageRound, n int) {
+	{name: "cache before a web server", n: 60, many: 180, do: func(r *damageRound, n int) {
 		r.fromWeb(r.web.Address)
 		r.cached = true
 		r.spoilFiles(r.cache, r.pick(n))
@@ -526,14 +533,13 @@ var damagePlaces = []damagePlace{
 		r.spoilFiles(r.cache, ids)
 		r.heal = nil
 		r.spoilFiles(r.loose, ids)
-		r.injected = func() int { return 2 * n }
 	}},
 	{name: "pack", n: 50, do: func(r *damageRound, n int) {
 		r.fromRegistry(w.registry.Address)
 		r.only = true
 		r.spoilPacks(r.pick(n))
 	}},
-	{name: "pack and a second store", n: 50, do: func(r *damageRound, n int) {
+	{name: "pack and a second store", n: 50, many: 150, do: func(r *damageRound, n int) {
 		r.fromRegistry(w.registry.Address)
 		r.fromDirectory(r.master.String())
 		r.spoilPacks(r.pick(n))
@@ -548,7 +554,7 @@ var damagePlaces = []damagePlace{
 		r.only = true
 		r.spoilFiles(r.loose, r.pick(n))
 	}},
-	{name: "directory and a second store", n: 50, do: func(r *damageRound, n int) {
+	{name: "directory and a second store", n: 50, many: 150, do: func(r *damageRound, n int) {
 		r.fromDirectory(r.loose)
 		r.fromRegistry(w.registry.Address)
 		r.spoilFiles(r.loose, r.pick(n))
@@ -563,10 +569,10 @@ var damagePlaces = []damagePlace{
 		r.only = true
 		r.spoilFiles(r.remote, r.pick(n))
 	}},
-	{name: "in flight from a registry", n: 50, do: func(r *damageRound, n int) {
+	{name: "in flight from a registry", n: 50, many: 150, do: func(r *damageRound, n int) {
 		r.fromRegistry(r.proxy(w.registry.Address, n, r.chunksOfRange))
 	}},
-	{name: "in flight from a web server", n: 50, do: func(r *damageRound, n int) {
+	{name: "in flight from a web server", n: 50, many: 150, do: func(r *damageRound, n int) {
 		r.fromWeb(r.proxy(r.web.Address, n, r.chunkOfPath))
 	}},
 	{name: "in flight over SSH", n: inFlight, do: func(r *damageRound, n int) {
@@ -578,7 +584,7 @@ var damagePlaces = []damagePlace{
 		r.fromSSH("ssh", p.Addr())
 		r.stalls = true                       // where the byte is one of a packet's length
 		p.Flip(n, 5000+r.rng.Int64N(200_000)) // behind what a login takes
-		r.injected = func() int { return n - p.Flips() }
+		r.count = func() { r.done[flip1].Add(int64(n - p.Flips())) }
 	}},
 }
 
@@ -593,17 +599,28 @@ func TestDamages(t *testing.T) {
 	if soak {
 		want = manyDamages
 	}
-	byPlace := make(map[string]int)
-	planned, total, refused := 0, 0, 0
+	byPlace := make(map[string]*[damageKinds]int64)
+	planned, refused := 0, 0
 	for seed := uint64(1); planned < want; seed++ {
 		for _, place := range damagePlaces {
-			planned += place.n
+			n := place.n
+			if soak {
+				n = cmp.Or(place.many, n)
+			}
+			planned += n
 			t.Run(fmt.Sprintf("%s/seed %d", place.name, seed), func(t *testing.T) {
 				r := &damageRound{damageEnv: e, t: t, rng: rand.New(rand.NewPCG(seed, 0)), victims: make(map[index.ID]bool)}
-				place.do(r, place.n)
+				place.do(r, n)
 				r.read()
-				byPlace[place.name] += r.injected()
-				total += r.injected()
+				if r.count != nil {
+					r.count()
+				}
+				if byPlace[place.name] == nil {
+					byPlace[place.name] = new([damageKinds]int64)
+				}
+				for kind := range r.done {
+					byPlace[place.name][kind] += r.done[kind].Load()
+				}
 				refused += r.refused
 			})
 			if t.Failed() {
@@ -611,10 +628,24 @@ func TestDamages(t *testing.T) {
 			}
 		}
 	}
-	for _, place := range slices.Sorted(maps.Keys(byPlace)) {
-		t.Logf("%5d damages: %s", byPlace[place], place)
+	var all [damageKinds]int64
+	line := func(place string, n [damageKinds]int64) {
+		var sum int64
+		var kinds []string
+		for kind, k := range n {
+			sum += k
+			kinds = append(kinds, fmt.Sprintf("%d %s", k, damage(kind)))
+		}
+		t.Logf("%5d damages: %s (%s)", sum, place, strings.Join(kinds, ", "))
 	}
-	t.Logf("%5d damages in all, 0 wrong bytes, the cache was good after each round; %d files with no good copy were refused, and read once that was healed", total, refused)
+	for _, place := range slices.Sorted(maps.Keys(byPlace)) {
+		line(place, *byPlace[place])
+		for kind, k := range byPlace[place] {
+			all[kind] += k
+		}
+	}
+	line("all places", all)
+	t.Logf("0 wrong bytes, the cache was good after each round; %d files with no good copy were refused, and read once that was healed", refused)
 }
 
 // read reads all files and checks what must hold.
@@ -643,9 +674,11 @@ func (r *damageRound) read() {
 		}
 	}()
 	var prefetch sync.WaitGroup
+	ctx, stopPrefetch := context.WithCancel(r.t.Context())
+	defer stopPrefetch()
 	if r.rng.IntN(2) == 0 {
 		prefetch.Go(func() {
-			image.Prefetch(r.t.Context(), slices.Values(r.rng.Perm(r.image.Index.Len()))) // what it brings, the reads see
+			image.Prefetch(ctx, slices.Values(r.rng.Perm(r.image.Index.Len()))) // what it brings, the reads see
 		})
 	}
 	failed := r.readFiles(dir)
@@ -674,7 +707,8 @@ func (r *damageRound) read() {
 	for _, heal := range r.heal {
 		heal()
 	}
-	prefetch.Wait() // it tries on until it has all
+	stopPrefetch() // it pauses longer and longer before it tries again
+	prefetch.Wait()
 	for file, fd := range failed {
 		got := make([]byte, len(r.files[file]))
 		if err := readAt(fd, got, 0); err != nil {
@@ -709,6 +743,10 @@ func (i *recorded) ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 	return n, err
 }
 
+// readers is how many files are read at a time. A read that is refused takes a
+// third of a second, as it is tried again before.
+const readers = 32
+
 // readFiles reads all files below dir, several at a time and in pieces, and
 // returns those in which a read failed, open.
 func (r *damageRound) readFiles(dir string) map[string]int {
@@ -721,10 +759,10 @@ func (r *damageRound) readFiles(dir string) map[string]int {
 		work <- file
 	}
 	close(work)
-	var readers sync.WaitGroup
-	for range 8 {
+	var reading sync.WaitGroup
+	for range readers {
 		rng := rand.New(rand.NewPCG(r.rng.Uint64(), 0))
-		readers.Go(func() {
+		reading.Go(func() {
 			for file := range work {
 				fd, err := unix.Open(filepath.Join(dir, file), unix.O_RDONLY|unix.O_CLOEXEC, 0)
 				if err != nil {
@@ -757,7 +795,7 @@ func (r *damageRound) readFiles(dir string) map[string]int {
 			}
 		})
 	}
-	readers.Wait()
+	reading.Wait()
 	return failed
 }
 
