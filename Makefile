@@ -16,6 +16,9 @@ HOST      := $(shell go env GOOS)/$(shell go env GOARCH)
 PKG       ?= ./...
 FUZZTIME  ?= 30s
 SOAK      ?= 20
+# What the evaluation measures, as SECTION/NAME (REGEXP), and how often.
+ROWS      ?=
+ROUNDS    ?= 7
 
 .PHONY: build
 build: ## bin/bootfs-convert, with the boot binaries of all platforms in it (PLATFORMS="linux/amd64 …" narrows)
@@ -29,14 +32,21 @@ build-host: ## the same with the boot binary of this machine only: quicker
 .PHONY: test
 test: deps build-host ## unit, fuzz-seed and end-to-end tests (root; PKG=./index/... narrows)
 	go run $(GOTESTSUM) --format pkgname-and-test-fails -- -timeout 45m $(PKG)
+	$(if $(filter ./...,$(PKG)),go -C internal/evaluation test .)
 
 .PHONY: demo
 demo: deps build-host ## make an image, convert it, run it, compare (root; IMAGE=REF takes another source)
 	go run ./internal/demo -convert bin/bootfs-convert $(if $(IMAGE),-image $(IMAGE))
 
 .PHONY: bench
-bench: deps build-host ## benchmarks
-	go test -run '^$$' -bench . -benchmem -timeout 60m $(PKG)
+bench: deps build-host ## benchmarks, and with all packages the evaluation (PKG=./index/... narrows)
+	go test -run '^$$' -bench . -benchmem -timeout 0 $(PKG)
+	$(if $(filter ./...,$(PKG)),$(MAKE) --no-print-directory evaluation)
+
+.PHONY: evaluation
+evaluation: deps ## bootfs against its peers: docs/evaluation.md (root, hours; ROWS=REGEXP, ROUNDS=7)
+	@scripts/install-deps.sh evaluation
+	go -C internal/evaluation run . -rounds $(ROUNDS) -rows '$(ROWS)'
 
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (30s), output in FUZZRECORD if set
@@ -54,8 +64,8 @@ race: deps build-host ## the tests under the race detector (root, needs a C comp
 lint: ## gofmt, go vet, staticcheck; golangci-lint where it is installed
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
 	[ -z "$$unformatted" ] || { echo "not gofmt-ed:"; echo "$$unformatted"; exit 1; }
-	go vet ./...
-	go run $(STATICCHECK) ./...
+	go vet ./... && go -C internal/evaluation vet ./...
+	go run $(STATICCHECK) ./... && go -C internal/evaluation run $(STATICCHECK) ./...
 	@if command -v golangci-lint >/dev/null; then golangci-lint run; fi
 
 .PHONY: cache-image

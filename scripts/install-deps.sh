@@ -2,6 +2,8 @@
 # Installs what the tests and the demo run, as far as it is missing: Debian's
 # packages, with apt. Says nothing when all is there. Services that come with
 # the packages are not started; the tests and the demo start their own.
+#
+# With the argument evaluation, also what bootfs is compared with.
 set -euo pipefail
 export PATH="$PATH:/usr/sbin:/sbin"
 
@@ -33,6 +35,13 @@ nsenter          util-linux
 strace           strace
 mkfs.ext4        e2fsprogs
 mkfs.xfs         xfsprogs
+'
+[ "${1:-}" != evaluation ] || needed+='
+ctr-remote       stargz-snapshotter
+squashfuse_ll    squashfuse
+mksquashfs       squashfs-tools
+fuse-overlayfs   fuse-overlayfs
+mkfs.erofs       erofs-utils
 '
 missing=()
 while read -r command package; do

@@ -1,72 +1,23 @@
 package e2e
 
 import (
-	"bytes"
-	"errors"
-	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
-	"strings"
-	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
-// containerRoot in the environment makes the test binary the first process of
-// a container with that root: the least that an engine does.
-const containerRoot = "E2E_CONTAINER_ROOT"
-
-// enterContainer makes dir the root of this process's mount namespace, with
-// /proc and /dev/fuse, prints the time and becomes the program.
-func enterContainer(dir string, argv []string) error {
-	dev := filepath.Join(dir, "dev")
-	for _, step := range []func() error{
-		func() error { return unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "") },
-		func() error { return unix.Mount(dir, dir, "", unix.MS_BIND|unix.MS_REC, "") },
-		func() error { return unix.Mount("proc", filepath.Join(dir, "proc"), "proc", 0, "") },
-		func() error { return unix.Mount("tmpfs", dev, "tmpfs", 0, "") },
-		func() error {
-			return unix.Mknod(filepath.Join(dev, "fuse"), unix.S_IFCHR|0o666, int(unix.Mkdev(10, 229)))
-		},
-		func() error { return unix.PivotRoot(dir, filepath.Join(dir, "mnt")) },
-		func() error { return unix.Chdir("/") },
-		func() error { return unix.Unmount("/mnt", unix.MNT_DETACH) },
-	} {
-		if err := step(); err != nil {
-			return err
-		}
-	}
-	fmt.Println(time.Now().UnixNano())
-	return unix.Exec(argv[0], argv, []string{"PATH=/usr/local/bin:/usr/bin:/bin", "BOOTFS_PREFETCH=none"})
-}
-
-// startTime runs argv in a container with the root dir and returns how long it
-// took from its exec to the program's own: argv must end in one that prints the
-// time.
+// startTime is [testenv.StartTime] in milliseconds.
 func startTime(b *testing.B, dir string, argv ...string) (ms float64) {
-	cmd := exec.Command("/proc/self/exe", argv...)
-	cmd.Env = []string{containerRoot + "=" + dir}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID}
-	var stderr bytes.Buffer
-	cmd.Stderr = &stderr
-	out, err := cmd.Output()
+	d, err := testenv.StartTime(b.Context(), dir, argv...)
 	if err != nil {
-		b.Fatalf("%v: %v\n%s", argv, err, stderr.String())
-	}
-	fields := strings.Fields(string(out))
-	if len(fields) != 2 {
-		b.Fatalf("%v: got %q, want two times", argv, out)
-	}
-	from, err1 := strconv.ParseInt(fields[0], 10, 64)
-	to, err2 := strconv.ParseInt(fields[1], 10, 64)
-	if err := errors.Join(err1, err2); err != nil {
 		b.Fatal(err)
 	}
-	return float64(to-from) / 1e6
+	return float64(d) / 1e6
 }
 
 // BenchmarkBoot measures the way from boot's exec to the app's, with a warm

@@ -63,10 +63,7 @@ func inLongForm(t *testing.T) bool {
 }
 
 func TestMain(m *testing.M) {
-	if dir := os.Getenv(containerRoot); dir != "" {
-		fmt.Fprintln(os.Stderr, "enter the container:", enterContainer(dir, os.Args[1:]))
-		os.Exit(1)
-	}
+	testenv.EnterContainer()
 	code, err := runInWorld(m)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "e2e:", err)

@@ -7,6 +7,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -20,6 +22,20 @@ type Containerd struct {
 // StartContainerd starts a containerd that keeps everything below dir and waits
 // until it answers.
 func StartContainerd(ctx context.Context, dir string) (*Containerd, error) {
+	return startContainerd(ctx, dir, "", func(string) []string { return nil })
+}
+
+// StartContainerdWith starts a containerd as StartContainerd does, with one more
+// snapshotter: the server that command returns, which listens at socket. No word
+// of it has a blank.
+func StartContainerdWith(ctx context.Context, dir, snapshotter string, command func(socket string) []string) (*Containerd, error) {
+	return startContainerd(ctx, dir, snapshotter, command)
+}
+
+// beside runs a command with a server, its first argument, beside it.
+const beside = `$1 & shift; exec "$@"`
+
+func startContainerd(ctx context.Context, dir, snapshotter string, command func(socket string) []string) (*Containerd, error) {
 	dir, err := absDir(dir)
 	if err != nil {
 		return nil, err
@@ -28,6 +44,12 @@ func StartContainerd(ctx context.Context, dir string) (*Containerd, error) {
 	config := filepath.Join(dir, "config.toml")
 	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), c.socket())
+	words := []string{"containerd", "--config", config}
+	if snapshotter != "" {
+		socket := filepath.Join(dir, snapshotter+".sock")
+		text += fmt.Sprintf("[proxy_plugins.%s]\ntype = \"snapshot\"\naddress = %q\n", snapshotter, socket)
+		words = append([]string{"sh", "-ec", beside, "sh", strings.Join(command(socket), " ")}, words...)
+	}
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return nil, err
 	}
@@ -35,7 +57,7 @@ func StartContainerd(ctx context.Context, dir string) (*Containerd, error) {
 	if err != nil {
 		return nil, err
 	}
-	cmd := host.closedCommand(filepath.Join(dir, "ready"), "containerd", "--config", config)
+	cmd := host.closedCommand(filepath.Join(dir, "ready"), words[0], words[1:]...)
 	if c.daemon, err = startDaemon("containerd", filepath.Join(dir, "containerd.log"), cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
@@ -53,6 +75,15 @@ func (c *Containerd) socket() string { return filepath.Join(c.dir, "containerd.s
 // Command returns a call of ctr.
 func (c *Containerd) Command(ctx context.Context, args ...string) *exec.Cmd {
 	return exec.CommandContext(ctx, "ctr", append([]string{"--address", c.socket()}, args...)...)
+}
+
+// Inside returns a command that runs on containerd's machine, where it sees the
+// same processes and mounts. CONTAINERD_ADDRESS tells it where containerd listens.
+func (c *Containerd) Inside(ctx context.Context, name string, args ...string) *exec.Cmd {
+	target := strconv.Itoa(c.daemon.cmd.Process.Pid)
+	cmd := exec.CommandContext(ctx, "nsenter", append([]string{"--target", target, "--mount", "--pid", "--", name}, args...)...)
+	cmd.Env = append(os.Environ(), "CONTAINERD_ADDRESS="+c.socket())
+	return cmd
 }
 
 // Output runs ctr and returns what it wrote to stdout; an error carries stdout

@@ -152,6 +152,17 @@ func (c *Cache) ScratchImage(ctx context.Context, platforms ...string) (string, 
 	return c.layout(ctx, "scratch-image", images)
 }
 
+// RootImage returns an OCI layout with an image whose one layer is a root that is
+// in the cache.
+func (c *Cache) RootImage(ctx context.Context, root string) (string, error) {
+	return c.layout(ctx, filepath.Base(root), []imageSource{{
+		platform: "linux/" + runtime.GOARCH,
+		config:   v1.Config{Cmd: []string{"sh"}},
+		layers:   []layerSource{{"debian root", func(w io.Writer) error { return diff(w, "", root) }}},
+		recipe:   root,
+	}})
+}
+
 // Push copies the one image or index of an OCI layout to a registry.
 func Push(ctx context.Context, layoutDir, ref string) error {
 	to, err := name.ParseReference(ref)

@@ -135,40 +135,58 @@ func (c *Cache) RealImage(ctx context.Context, name string) (string, error) {
 		source.recipe = fmt.Sprintf("%x", sha256.Sum256(program))
 		return c.layout(ctx, "static-image", []imageSource{source})
 	}
-	base, err := c.Root(ctx)
+	archive, err := realFiles.ReadFile("real/" + name + ".txtar")
 	if err != nil {
 		return "", err
 	}
-	full, err := c.Root(ctx, image.packages...)
-	if err != nil {
+	files := map[string][]byte{}
+	for _, f := range txtar.Parse(archive).Files {
+		files[f.Name] = f.Data
+	}
+	return c.packagesImage(ctx, name, image, files)
+}
+
+// PackagesImage returns an OCI layout with an image of three layers: a Debian
+// root, packages on it, and files by their paths, of which those that begin with
+// "#!" or as an ELF file can be executed. Without packages, the files are all.
+func (c *Cache) PackagesImage(ctx context.Context, name string, packages []string, files map[string][]byte, config v1.Config) (string, error) {
+	return c.packagesImage(ctx, name, realImage{packages: packages, config: config}, files)
+}
+
+func (c *Cache) packagesImage(ctx context.Context, name string, image realImage, files map[string][]byte) (string, error) {
+	source := imageSource{platform: "linux/" + runtime.GOARCH, config: image.config}
+	var base, full string
+	if len(image.packages) > 0 {
+		var err error
+		if base, err = c.Root(ctx); err != nil {
+			return "", err
+		}
+		if full, err = c.Root(ctx, image.packages...); err != nil {
+			return "", err
+		}
+		source.layers = []layerSource{
+			{"debian root, minbase", func(w io.Writer) error { return diff(w, "", base) }},
+			{"apt-get install " + strings.Join(image.packages, " "), func(w io.Writer) error { return diff(w, base, full) }},
+		}
+	}
+	sum := sha256.New()
+	if err := image.writeTopLayer(sum, files, full); err != nil {
 		return "", err
 	}
-	var top bytes.Buffer
-	if err := image.writeTopLayer(&top, name, full); err != nil {
-		return "", err
-	}
-	source.layers = []layerSource{
-		{"debian root, minbase", func(w io.Writer) error { return diff(w, "", base) }},
-		{"apt-get install " + strings.Join(image.packages, " "), func(w io.Writer) error { return diff(w, base, full) }},
-		{"entrypoint and application", func(w io.Writer) error { _, err := w.Write(top.Bytes()); return err }},
-	}
-	source.recipe = fmt.Sprintf("%s %s %x", base, full, sha256.Sum256(top.Bytes()))
+	source.layers = append(source.layers, layerSource{"entrypoint and application", func(w io.Writer) error { return image.writeTopLayer(w, files, full) }})
+	source.recipe = fmt.Sprintf("%s %s %x", base, full, sum.Sum(nil))
 	return c.layout(ctx, name+"-image", []imageSource{source})
 }
 
-// writeTopLayer writes what lies on the packages in root.
-func (i realImage) writeTopLayer(w io.Writer, name, root string) error {
-	archive, err := realFiles.ReadFile("real/" + name + ".txtar")
-	if err != nil {
-		return err
-	}
+// writeTopLayer writes what lies on the packages in root, "" if there are none.
+func (i realImage) writeTopLayer(w io.Writer, contents map[string][]byte, root string) error {
 	var files []entry
-	for _, f := range txtar.Parse(archive).Files {
+	for name, data := range contents {
 		mode := int64(0o644)
-		if bytes.HasPrefix(f.Data, []byte("#!")) {
+		if bytes.HasPrefix(data, []byte("#!")) || bytes.HasPrefix(data, []byte("\x7fELF")) {
 			mode = 0o755
 		}
-		files = append(files, entry{name: f.Name, mode: mode, mtime: made, data: f.Data})
+		files = append(files, entry{name: name, mode: mode, mtime: made, data: data})
 	}
 	for at, target := range i.links {
 		files = append(files, entry{name: at, typ: tar.TypeSymlink, link: target, mode: 0o777, mtime: made})
@@ -206,7 +224,7 @@ func (l *layerWriter) inventParents(root, name string) error {
 	if dir == "." || l.dirs[dir] {
 		return nil
 	}
-	if _, err := os.Lstat(filepath.Join(root, dir)); err == nil {
+	if _, err := os.Lstat(filepath.Join(root, dir)); root != "" && err == nil {
 		return l.addParents(root, name)
 	}
 	if err := l.inventParents(root, dir); err != nil {

@@ -84,15 +84,27 @@ func (c *Cache) entry(name, recipe string, make func(tmp string) error) (string,
 // mmdebstrap's minbase variant and the given ones, configured. It is shared
 // and must not be written to.
 func (c *Cache) Root(ctx context.Context, packages ...string) (string, error) {
-	name := "root"
+	return c.root(ctx, "root", []string{Suite, Suite + "-updates", Suite + "-security"}, packages)
+}
+
+// ReleaseRoot returns a root as Root does, of the release alone: the same packages
+// before Debian's updates, an earlier version of the same root.
+func (c *Cache) ReleaseRoot(ctx context.Context, packages ...string) (string, error) {
+	return c.root(ctx, "release", []string{Suite}, packages)
+}
+
+// root makes a root of packages from some of the machine's apt sources, for which
+// kind stands.
+func (c *Cache) root(ctx context.Context, kind string, codenames, packages []string) (string, error) {
+	name := kind
 	if len(packages) > 0 {
 		name += "-" + packages[0]
 	}
 	packages = slices.Sorted(slices.Values(packages))
-	recipe := strings.Join(append([]string{"root 1", Suite}, packages...), "\n")
+	recipe := strings.Join(append([]string{kind + " 1", Suite}, packages...), "\n")
 	return c.entry(name, recipe, func(tmp string) error {
-		c.say("making a Debian %s root: minbase %s", Suite, strings.Join(packages, " "))
-		sources, err := aptSources(ctx)
+		c.say("making a Debian %s %s: minbase %s", Suite, kind, strings.Join(packages, " "))
+		sources, err := aptSources(ctx, codenames)
 		if err != nil {
 			return err
 		}
@@ -113,8 +125,9 @@ func (c *Cache) Root(ctx context.Context, packages ...string) (string, error) {
 	})
 }
 
-// aptSources returns the machine's own apt sources of Suite, one a line.
-func aptSources(ctx context.Context) (string, error) {
+// aptSources returns the machine's own apt sources of Debian's suites, one a
+// line.
+func aptSources(ctx context.Context, codenames []string) (string, error) {
 	out, err := run(ctx, "apt-get", "indextargets",
 		"--format", "$(CODENAME) deb $(REPO_URI) $(RELEASE) $(COMPONENT)",
 		"Created-By: Packages", "Origin: Debian")
@@ -124,7 +137,7 @@ func aptSources(ctx context.Context) (string, error) {
 	var sources []string
 	for line := range strings.Lines(string(out)) {
 		codename, source, _ := strings.Cut(line, " ")
-		if codename == Suite || codename == Suite+"-updates" || codename == Suite+"-security" {
+		if slices.Contains(codenames, codename) {
 			sources = append(sources, source)
 		}
 	}
