@@ -81,12 +81,10 @@ func run(ctx context.Context) (err error) {
 		return err
 	}
 	if *rounds > 0 {
-		if err := measureAll(ctx, *root, report, file, wanted, *rounds); err != nil {
-			return err
-		}
+		err = measureAll(ctx, *root, report, file, wanted, *rounds)
 	}
 	sections, _ := chapters(&World{})
-	return writePage(report, sections, *out)
+	return errors.Join(err, writePage(report, sections, *out))
 }
 
 // measureAll measures the rows that are wanted. Each goes to the file once it is
