@@ -75,13 +75,15 @@ func parse(args []string, getenv func(string) string, stderr io.Writer) (*keeper
 	size := f.String("size", getenv("BOOTFS_CACHE_SIZE"), "`SIZE` of the disk that the chunks may take, as in 20GiB; 0 is any (default $BOOTFS_CACHE_SIZE, or any)")
 	reserve := f.String("reserve", getenv("BOOTFS_CACHE_RESERVE"), "`SHARE` or size of the disk that stays free, as in 5% or 2GiB (default $BOOTFS_CACHE_RESERVE, or 5%, at most 10 GiB)")
 	at := f.String("metrics", getenv("BOOTFS_METRICS"), "`ADDRESS` of metrics for Prometheus, [HOST]:PORT or unix:PATH (default $BOOTFS_METRICS, or none)")
-	f.DurationVar(&k.interval, "interval", 30*time.Second, "`TIME` between two looks at the cache")
+	f.DurationVar(&k.interval, "interval", 30*time.Second, "`TIME` between two looks at the cache (default 30s)")
 	f.BoolVar(&k.once, "once", false, "look once and exit")
 	if err := f.Parse(args); err != nil {
 		if errors.Is(err, flag.ErrHelp) {
 			fmt.Fprint(stderr, usage)
-			f.SetOutput(stderr)
-			f.PrintDefaults()
+			f.VisitAll(func(one *flag.Flag) {
+				value, help := flag.UnquoteUsage(one)
+				fmt.Fprintf(stderr, "  --%-18s %s\n", one.Name+" "+value, help)
+			})
 		}
 		return nil, err
 	}
@@ -96,16 +98,16 @@ func parse(args []string, getenv func(string) string, stderr io.Writer) (*keeper
 	var err error
 	if *size != "" {
 		if k.options.Limit, err = nodecache.ParseSize(*size); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("--size, BOOTFS_CACHE_SIZE: %w", err)
 		}
 	}
 	if *reserve != "" {
 		if k.options.Reserve, err = nodecache.ParseReserve(*reserve); err != nil {
-			return nil, err
+			return nil, fmt.Errorf("--reserve, BOOTFS_CACHE_RESERVE: %w", err)
 		}
 	}
 	if k.metrics, err = metrics.ParseAddress(*at); err != nil {
-		return nil, fmt.Errorf("metrics: %w", err)
+		return nil, fmt.Errorf("--metrics, BOOTFS_METRICS: %w", err)
 	}
 	if k.interval < time.Second {
 		return nil, fmt.Errorf("--interval %v: want 1s or more", k.interval)

@@ -71,15 +71,15 @@ func TestUsage(t *testing.T) {
 		code int
 		want string
 	}{
-		{"--help", exitOK, "-interval"},
+		{"--help", exitOK, "\n  --interval TIME      TIME between two looks at the cache (default 30s)\n"},
 		{"--nope", exitUsage, "nope"},
 		{"a b", exitUsage, "got 2 arguments"},
-		{"--size x " + file, exitUsage, `size "x"`},
-		{"--reserve x " + file, exitUsage, `reserve "x"`},
+		{"--size x " + file, exitUsage, `--size, BOOTFS_CACHE_SIZE: size "x"`},
+		{"--reserve x " + file, exitUsage, `--reserve, BOOTFS_CACHE_RESERVE: reserve "x"`},
 		{"--interval 1ms " + file, exitUsage, "want 1s or more"},
 		{"--once " + file, exitFailed, "not a directory"},
 		{"--once " + file + ".none", exitFailed, "no such file"},
-		{"--metrics nowhere " + filepath.Dir(file), exitUsage, `metrics: "nowhere": want [HOST]:PORT`},
+		{"--metrics nowhere " + filepath.Dir(file), exitUsage, `--metrics, BOOTFS_METRICS: "nowhere": want [HOST]:PORT`},
 		{"--metrics unix:" + file + " " + filepath.Dir(file), exitFailed, "metrics cannot be served at "},
 	} {
 		var out bytes.Buffer

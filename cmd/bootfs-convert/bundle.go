@@ -126,14 +126,14 @@ func runBundle(ctx context.Context, f *bundleFlags, image, file string) error {
 func (f *bundleFlags) engineName(r transport.Ref) (string, error) {
 	if f.name != "" {
 		if err := transport.CheckTag(f.name); err != nil {
-			return "", usagef("--name %s: %w", f.name, err)
+			return "", usagef("--name %s: want NAME[:TAG] as docker tag takes it: %w", f.name, err)
 		}
 		return f.name, nil
 	}
 	// A tag in a layout is no name, and neither are a digest and an ID.
 	layout := r.Transport == transport.OCI || r.Transport == transport.OCIArchive
 	if r.Name == "" || layout && !strings.ContainsAny(r.Name, ":/") || transport.CheckTag(r.Name) != nil {
-		return "", usagef("%s: engines are to call the image how? Say it with --name NAME:TAG", r)
+		return "", usagef("%s: how engines are to call the image is not known: say it with --name NAME:TAG", r)
 	}
 	return r.Name, nil
 }

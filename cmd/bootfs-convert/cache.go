@@ -31,7 +31,11 @@ func newCache(c *common) *cobra.Command {
 		},
 		RunE: func(*cobra.Command, []string) error { return nil },
 	}
-	cmd.AddCommand(newCacheCheck(c), newCacheRepair(c), newCachePrune(c), newCacheStats(c))
+	cmd.AddGroup(&cobra.Group{ID: groupCache, Title: "Commands:"})
+	for _, sub := range []*cobra.Command{newCacheCheck(c), newCacheRepair(c), newCachePrune(c), newCacheStats(c)} {
+		sub.GroupID = groupCache
+		cmd.AddCommand(sub)
+	}
 	return cmd
 }
 

@@ -153,6 +153,7 @@ func newRoot(s stdio) *cobra.Command {
 const (
 	groupImages = "images"
 	groupStores = "stores"
+	groupCache  = "cache"
 )
 
 // usageTemplate is what --help shows below the description of a command.

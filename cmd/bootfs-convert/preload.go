@@ -95,6 +95,10 @@ func runPreload(ctx context.Context, f *preloadFlags, names []string) error {
 	if f.cache == "" {
 		return usagef("--cache DIR is missing: the directory that containers get at /.bootfs/rootfs.castr")
 	}
+	limit, reserve, err := f.room()
+	if err != nil {
+		return err
+	}
 	d := f.display()
 	defer d.close()
 	wanted, done, err := f.wanted(ctx, d, names)
@@ -102,7 +106,7 @@ func runPreload(ctx context.Context, f *preloadFlags, names []string) error {
 	if err != nil {
 		return err
 	}
-	cache, err := f.openCache(ctx, d, wanted)
+	cache, err := f.openCache(ctx, d, wanted, limit, reserve)
 	if err != nil {
 		return err
 	}
@@ -243,23 +247,25 @@ func (c *preloadCache) sync() error {
 	return nil
 }
 
+// room returns what the cache may take, in bytes, 0 for any, and what it leaves free.
+func (f *preloadFlags) room() (limit int64, reserve nodecache.Reserve, err error) {
+	if f.size != "" {
+		if limit, err = nodecache.ParseSize(f.size); err != nil {
+			return 0, reserve, usagef("--size: %w", err)
+		}
+	}
+	reserve = nodecache.DefaultReserve
+	if s := f.getenv(envCacheReserve); s != "" {
+		if reserve, err = nodecache.ParseReserve(s); err != nil {
+			return 0, reserve, usagef("%s: %w", envCacheReserve, err)
+		}
+	}
+	return limit, reserve, nil
+}
+
 // openCache opens the cache, refuses images that it could not keep, and makes
 // room for the others.
-func (f *preloadFlags) openCache(ctx context.Context, d display, all []wanted) (*preloadCache, error) {
-	var limit int64
-	if f.size != "" {
-		var err error
-		if limit, err = nodecache.ParseSize(f.size); err != nil {
-			return nil, usagef("--size: %w", err)
-		}
-	}
-	reserve := nodecache.DefaultReserve
-	if s := f.getenv(envCacheReserve); s != "" {
-		var err error
-		if reserve, err = nodecache.ParseReserve(s); err != nil {
-			return nil, usagef("%s: %w", envCacheReserve, err)
-		}
-	}
+func (f *preloadFlags) openCache(ctx context.Context, d display, all []wanted, limit int64, reserve nodecache.Reserve) (*preloadCache, error) {
 	sizes, err := storedSizes(all)
 	if err != nil {
 		return nil, &convert.Error{Part: convert.Source, Err: err}

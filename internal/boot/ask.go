@@ -63,8 +63,13 @@ func inCorner() bool {
 
 // tellStatus is the command. It returns the exit status.
 func tellStatus(args []string, stdout, stderr io.Writer) int {
-	if len(args) > 1 || len(args) == 1 && args[0] != "--json" {
-		fmt.Fprintln(stderr, "bootfs: usage: "+bootimage.BootPath+" "+statusCommand+" [--json]")
+	const usage = "usage: " + bootimage.BootPath + " " + statusCommand + " [--json]"
+	switch {
+	case len(args) == 1 && (args[0] == "--help" || args[0] == "-h"):
+		fmt.Fprintln(stdout, usage)
+		return exitTold
+	case len(args) > 1 || len(args) == 1 && args[0] != "--json":
+		fmt.Fprintln(stderr, "bootfs: "+usage)
 		return exitUsage
 	}
 	answer, err := askBoot()

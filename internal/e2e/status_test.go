@@ -217,6 +217,7 @@ func TestStatusByMode(t *testing.T) {
 					t.Errorf("told user %s: %+v", user, s)
 				}
 			}
+			docker(t, "exec", id, "/.bootfs/boot", "status", "--help").want(t, "usage: /.bootfs/boot status [--json]\n")
 			if r := docker(t, "exec", id, "/.bootfs/boot", "status", "--yaml"); r.code != 2 || !strings.Contains(r.stderr, "usage: /.bootfs/boot status [--json]") {
 				t.Errorf("%+v", r)
 			}
