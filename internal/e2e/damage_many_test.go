@@ -602,14 +602,14 @@ func TestDamages(t *testing.T) {
 	byPlace := make(map[string]*[damageKinds]int64)
 	planned, refused := 0, 0
 	for seed := uint64(1); planned < want; seed++ {
-		for _, place := range damagePlaces {
+		for i, place := range damagePlaces {
 			n := place.n
 			if soak {
 				n = cmp.Or(place.many, n)
 			}
 			planned += n
 			t.Run(fmt.Sprintf("%s/seed %d", place.name, seed), func(t *testing.T) {
-				r := &damageRound{damageEnv: e, t: t, rng: rand.New(rand.NewPCG(seed, 0)), victims: make(map[index.ID]bool)}
+				r := &damageRound{damageEnv: e, t: t, rng: rand.New(rand.NewPCG(seed, uint64(i))), victims: make(map[index.ID]bool)}
 				place.do(r, n)
 				r.read()
 				if r.count != nil {
