@@ -425,16 +425,22 @@ func (f *Fetcher) ask(ctx context.Context, a *attempt, wants []*want, k *sink) {
 			return
 		}
 		notFound := errors.Is(err, ErrNotFound)
+		silent := false
 		if cause := context.Cause(watched); cause != nil && ctx.Err() == nil && !notFound {
-			err = cause
+			err, silent = cause, true
 		}
 		f := &failure{s.String(), err}
 		if ctx.Err() == nil {
 			s.lacked(f)
 		}
 		for _, w := range ws {
+			before := w.failures[s.place]
+			switch {
+			case w.done:
+			case silent:
+				w.failures[s.place] = s.silence(err, before)
 			// That the caller gave up says less than why the last attempt failed.
-			if !w.done && (ctx.Err() == nil || w.failures[s.place] == nil) {
+			case ctx.Err() == nil || before == nil:
 				w.failures[s.place] = f
 			}
 		}

@@ -550,6 +550,24 @@ func TestDeadline(t *testing.T) {
 	}
 }
 
+// A last attempt on which nothing arrives does not hide why those before it failed.
+func TestSilenceAfterFailure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory("a", good...)
+		m.set(func(ctx context.Context, n int64) error {
+			if n == 1 {
+				return failing(ctx, n)
+			}
+			return hanging(ctx, n)
+		})
+		_, err := fetcher(t, nil, m).Fetch(within(t, 10*time.Second), chunks[0], nil)
+		want := "a: nothing arrived within 5s: context deadline exceeded; before that: " + errFault.Error()
+		if err == nil || !strings.Contains(err.Error(), want) || errors.Is(err, errFault) {
+			t.Errorf("got %v, want %q in it, and to be asked again", err, want)
+		}
+	})
+}
+
 func TestCancel(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory("a", good...)

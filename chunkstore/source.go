@@ -238,6 +238,39 @@ func watch(ctx context.Context, d time.Duration) (watched context.Context, timer
 	return watched, stallTimer{t, d}, func() { t.Stop(); cancel(nil) }
 }
 
+// silenceError is that a store was given up as nothing arrived, after it had
+// failed in a way that says more: an attempt has the less time the later it is, and
+// the last one may have too little for a login.
+type silenceError struct {
+	error
+	before error
+}
+
+func (e *silenceError) Error() string { return e.error.Error() + "; before that: " + e.before.Error() }
+
+func (e *silenceError) Unwrap() error { return e.error }
+
+// silence is the failure of a request on which nothing arrived, and before it of
+// the same chunk here; nil: none.
+func (s *source) silence(err, before error) error {
+	var f *failure
+	if !errors.As(before, &f) {
+		return &failure{s.String(), err}
+	}
+	why := f.err
+	var silent *silenceError
+	var e *Error
+	switch {
+	case errors.As(why, &silent):
+		why = silent.before
+	case errors.Is(why, context.DeadlineExceeded):
+		return &failure{s.String(), err}
+	case errors.As(why, &e): // which names store and chunk
+		why = e.Err
+	}
+	return &failure{s.String(), &silenceError{err, why}}
+}
+
 type stallTimer struct {
 	t *time.Timer
 	d time.Duration

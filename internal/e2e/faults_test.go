@@ -67,8 +67,8 @@ type fault struct {
 	begin func(c *faultCase) (heal func() error)
 	tls   bool // the store is reached with https
 	alone bool // it needs a server of its own
-	// The store itself asks again, and whether that comes through before the
-	// connection is made anew is chance: a second attempt of the reader is as good.
+	// The store itself asks again, or a login takes as long as the reader waits for
+	// it: a second attempt of the reader is as good.
 	either bool
 	// What the message of an EIO has in it, in the columns of read and of the
 	// other kind of store; the latter is as the former where it is "".
@@ -200,7 +200,7 @@ var sshFaults = []fault{
 	{name: "end of the stream in the middle of a frame, once", either: true, begin: breaking(1, false), start: late, read: fine, prefetch: all, second: fine, other: fine},
 	{name: "end of the stream in the middle of a frame, always", says: "the connection was lost", begin: breaking(1000, false), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "nothing comes for 2 s", begin: hold(2 * time.Second), start: fine, prefetch: all, second: skipped, other: fine},
-	{name: "nothing comes for 12 s", begin: hold(12 * time.Second), start: fine, prefetch: all, second: skipped, other: fine},
+	{name: "nothing comes for 12 s", either: true, begin: hold(12 * time.Second), start: fine, prefetch: all, second: skipped, other: fine},
 	{name: "nothing comes for 120 s", says: "nothing arrived within", begin: hold(120 * time.Second), start: timedOut, prefetch: goesOn, second: skipped, other: timedOut},
 	{name: "1 byte a second", says: "nothing arrived within", begin: func(c *faultCase) func() error {
 		c.tcp.Slow(1)
@@ -425,7 +425,8 @@ up and asked anew. The test takes a tenth of these times, and a third with SSH.
 - **second store**: as *read*, with another store behind the one that fails. Ten more chunks do not wait for it again.
 - **web server**, **SFTP**: the same from single chunks there.
 
-Each cell is what the test expects, and what it has seen: it fails where the two differ. How long a read waits, what a second request and another
+Each cell is what the test expects, and what it has seen: it fails where the two differ. Where a connection over SSH breaks once or brings nothing for 12 s,
+"data" may take a second attempt: chance decides whether the store asks anew in time by itself. How long a read waits, what a second request and another
 store do for it, and how to wait for a store instead of an error stand in [running.md](running.md#when-a-store-fails).
 `
 
@@ -449,7 +450,8 @@ const failureSaid = `
 ## What the log says
 
 A read that fails is EIO for the program and a line in boot's log. This is the line's end, without the names of chunks and hosts and with N
-for numbers of bytes. A store that is silent until the deadline has less time in its last attempt: then it is "nothing arrived within N s".
+for numbers of bytes. An attempt has the less time the later it is: where a store does not answer in it, "nothing arrived within N s; before that: " stands
+before the reason.
 
 | fault | from | what the log says |
 |---|---|---|
@@ -877,6 +879,7 @@ var shortenings = []struct {
 	{regexp.MustCompile(`(: (read|write) tcp )?HOST->HOST`), ""},
 	{regexp.MustCompile(`SHA256:[A-Za-z0-9+/]+`), "SHA256:…"},
 	{regexp.MustCompile(`\[127\.0\.0\.1\]:\d+ (\S+) AAAA\S+`), "[HOST]:PORT $1 AAAA…"},
+	{regexp.MustCompile(`nothing arrived within \d+s: context deadline exceeded; before that: `), ""}, // the last attempt had little time
 	{regexp.MustCompile(`within \d+s`), "within N s"},
 	{regexp.MustCompile(`casync ended|the connection was lost: .*`), "the connection was lost"}, // whoever notices it first
 }
