@@ -26,7 +26,8 @@ const (
 	// away than asked around: what a fast line brings during one round trip.
 	maxGap = 128 << 10
 	// maxSpan bounds a request for several chunks, in bytes: a pack's worth is
-	// split between the requests of a batch.
+	// split between the requests of a batch. A pack of the start set is not: its
+	// chunks are wanted in the order in which they lie there.
 	maxSpan = 8 << 20
 )
 
@@ -172,7 +173,7 @@ func (s *Store) GetBatch(ctx context.Context, ids []index.ID, yield func(i int, 
 	}
 	g, running := errgroup.WithContext(ctx)
 	g.SetLimit(batchRequests)
-	for _, run := range coalesce(list, s.readsWhole()) {
+	for _, run := range s.coalesce(list, s.readsWhole()) {
 		if running.Err() != nil {
 			break
 		}
@@ -203,12 +204,12 @@ func (s *Store) readsWhole() bool {
 // coalesce sorts list by place and splits it into runs, one for each request;
 // or, with whole, for each pack. Places that overlap, which an honest writer
 // does not make, are not joined unless they are the same.
-func coalesce(list []wanted, whole bool) [][]wanted {
+func (s *Store) coalesce(list []wanted, whole bool) [][]wanted {
 	sort.Sort(byPlace(list))
 	var runs [][]wanted
 	from := 0
 	for i := 1; i <= len(list); i++ {
-		if i < len(list) && joins(list[from].at, list[i-1].at, list[i].at, whole) {
+		if i < len(list) && s.joins(list[from].at, list[i-1].at, list[i].at, whole) {
 			continue
 		}
 		runs = append(runs, list[from:i])
@@ -218,13 +219,19 @@ func coalesce(list []wanted, whole bool) [][]wanted {
 }
 
 // joins tells whether next goes into the run from first to last.
-func joins(first, last, next Location, whole bool) bool {
+func (s *Store) joins(first, last, next Location, whole bool) bool {
 	if next == last {
 		return true
 	}
 	end := last.Offset + int64(last.Length)
 	return next.Pack == last.Pack && next.Offset >= end &&
-		(whole || next.Offset-end <= maxGap && next.Offset+int64(next.Length)-first.Offset <= maxSpan)
+		(whole || next.Offset-end <= maxGap && (next.Offset+int64(next.Length)-first.Offset <= maxSpan || s.isStart(next.Pack)))
+}
+
+// isStart reports whether a pack is of the start set.
+func (s *Store) isStart(pack int) bool {
+	p, err := s.locators.Pack(pack)
+	return err == nil && p.Start
 }
 
 // getRun reads a run with one request.

@@ -74,6 +74,13 @@ func (r *rangeOf) Close() error { r.b.now.Add(-1); return nil }
 func TestCoalesce(t *testing.T) {
 	at := func(pack int, off int64, n int) Location { return Location{pack, off, n} }
 	const mib = 1 << 20
+	im := newImage(t, 300)
+	s := NewStore(nil, im.locators, im.index)
+	for i, start := range []bool{true, false} {
+		if p, err := im.locators.Pack(i); err != nil || p.Start != start {
+			t.Fatal(i, p, err)
+		}
+	}
 	for _, tt := range []struct {
 		name string
 		in   []Location
@@ -88,15 +95,16 @@ func TestCoalesce(t *testing.T) {
 		{"the same twice", []Location{at(0, 5, 5), at(0, 5, 5)}, [][]Location{{at(0, 5, 5), at(0, 5, 5)}}},
 		{"overlap", []Location{at(0, 0, 5), at(0, 4, 5)}, [][]Location{{at(0, 0, 5)}, {at(0, 4, 5)}}},
 		{"one in the other", []Location{at(0, 0, 9), at(0, 0, 5)}, [][]Location{{at(0, 0, 5)}, {at(0, 0, 9)}}},
-		{"span", []Location{at(0, 0, mib), at(0, mib, maxSpan-mib)}, [][]Location{{at(0, 0, mib), at(0, mib, maxSpan-mib)}}},
-		{"span + 1", []Location{at(0, 0, mib), at(0, mib, maxSpan-mib+1)}, [][]Location{{at(0, 0, mib)}, {at(0, mib, maxSpan-mib+1)}}},
+		{"span", []Location{at(1, 0, mib), at(1, mib, maxSpan-mib)}, [][]Location{{at(1, 0, mib), at(1, mib, maxSpan-mib)}}},
+		{"span + 1", []Location{at(1, 0, mib), at(1, mib, maxSpan-mib+1)}, [][]Location{{at(1, 0, mib)}, {at(1, mib, maxSpan-mib+1)}}},
+		{"span + 1 in the start set", []Location{at(0, 0, mib), at(0, mib, maxSpan-mib+1)}, [][]Location{{at(0, 0, mib), at(0, mib, maxSpan-mib+1)}}},
 	} {
 		var list []wanted
 		for i, l := range tt.in {
 			list = append(list, wanted{i: i, at: l})
 		}
 		var got [][]Location
-		for _, run := range coalesce(list, false) {
+		for _, run := range s.coalesce(list, false) {
 			var ls []Location
 			for _, w := range run {
 				ls = append(ls, w.at)

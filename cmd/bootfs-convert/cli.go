@@ -138,7 +138,7 @@ func newRoot(s stdio) *cobra.Command {
 	f.register(root)
 	root.SetUsageTemplate(usageTemplate)
 	root.AddGroup(&cobra.Group{ID: groupImages, Title: "Commands for converted images:"}, &cobra.Group{ID: groupStores, Title: "Commands for files and stores:"})
-	for _, cmd := range []*cobra.Command{newInspect(c), newCheck(c), newMount(c), newExtract(c), newCopy(c), newVerify(c), newPreload(c), newBundle(c)} {
+	for _, cmd := range []*cobra.Command{newInspect(c), newCheck(c), newMount(c), newExtract(c), newCopy(c), newVerify(c), newProfile(c), newPreload(c), newBundle(c)} {
 		cmd.GroupID = groupImages
 		root.AddCommand(cmd)
 	}

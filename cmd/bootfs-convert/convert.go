@@ -33,6 +33,7 @@ type convertFlags struct {
 	attestations string
 	cacheFrom    []string
 	cacheTo      []string
+	startSets    []string
 }
 
 // noBase is the value of --base that asks for the canonical form.
@@ -48,6 +49,7 @@ func (f *convertFlags) register(cmd *cobra.Command) {
 	fs.StringVar(&f.attestations, "attestations", string(convert.Carry), "`WHAT` becomes of the source's attestations, SBOMs and signatures: carry, refuse or drop")
 	fs.StringArrayVar(&f.cacheFrom, "cache-from", nil, "`CACHE` of an earlier conversion, whose layers need not be fetched: DIR or type=local,src=DIR, REF or type=registry,ref=REF, type=inline (beside DST); may be repeated")
 	fs.StringArrayVar(&f.cacheTo, "cache-to", nil, "`CACHE` to write: DIR or type=local,dest=DIR, REF or type=registry,ref=REF, type=inline (beside DST); may be repeated")
+	fs.StringArrayVar(&f.startSets, "start-set", nil, "`FILE` of profile with what the program reads until it is ready: its chunks are stored beside one another; may be repeated, for several uses of the image (default what the program's files tell)")
 	fs.StringVar(&f.boot, "boot", "", "`FILE` with the boot binary for the image (default the built-in one)")
 }
 
@@ -103,8 +105,13 @@ func runConvert(ctx context.Context, f *convertFlags, source, destination string
 	if err != nil {
 		return err
 	}
+	startSet, err := readStartSets(f.startSets)
+	if err != nil {
+		return err
+	}
 	d := f.display()
 	report, err := convert.Run(ctx, convert.Options{
+		StartSet:  startSet,
 		CacheFrom: cacheFrom, CacheTo: cacheTo,
 		Base: base, Canonical: f.base == noBase, RewriteBelow: f.rewriteBelow,
 		Source: src, Destination: dst, Platforms: t.Platforms, Store: store, KeepTag: f.keepTag, Attestations: attestations, Access: f.access(), Boot: boot,

@@ -20,7 +20,7 @@ const module = "github.com/container-bootfs/bootfs"
 var levels = [][]string{
 	{"chunker", "internal/answer", "internal/tree", "internal/bootimage", "internal/bootbin", "internal/httpio", "internal/scratch"},
 	{"index", "internal/metrics", "internal/hosts", "internal/erofs", "internal/layer", "internal/startset", "internal/treecmp", "internal/unpack"},
-	{"chunkstore", "internal/convcache", "internal/rootimage", "internal/lazy", "mount"},
+	{"chunkstore", "internal/convcache", "internal/rootimage", "internal/reads", "internal/lazy", "mount"},
 	{"chunkstore/httpstore", "chunkstore/local", "chunkstore/s3store", "chunkstore/sshstore", "registrystore", "internal/fill"},
 	{"chunkstore/nodecache", "internal/stores", "internal/transport"},
 	{"internal/assembly"},

@@ -33,11 +33,11 @@ const (
 	maxAnswer     = 1 << 20         // bytes
 )
 
-// asksStatus reports whether boot was started to tell the status. A converted
+// asks reports whether boot was started to tell what command names. A converted
 // image may have a program of that name, which its container runs: so only one that
 // was started beside it asks.
-func asksStatus() bool {
-	if len(os.Args) < 2 || os.Args[1] != statusCommand {
+func asks(command string) bool {
+	if len(os.Args) < 2 || os.Args[1] != command {
 		return false
 	}
 	cwd, err := unix.Getwd()

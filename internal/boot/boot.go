@@ -22,6 +22,7 @@
 //	corner.go      where an exec can ask in a mounted root
 //	ask.go         the command that asks
 //	metrics.go     the same for Prometheus
+//	record.go      what the program reads until it is ready, if that is to be noted
 //
 // Boot itself stays in the root that the engine gave it, hidden below the new
 // one: its own path lookups (resolver, certificates, credentials) then never
@@ -69,8 +70,11 @@ func Main() int {
 	if isAppInit() {
 		return reportToBoot(appInit())
 	}
-	if asksStatus() {
+	switch {
+	case asks(statusCommand):
 		return tellStatus(os.Args[2:], os.Stdout, os.Stderr)
+	case asks(recordCommand):
+		return tellRecord(os.Args[2:], os.Stdout, os.Stderr)
 	}
 	logs, err := readLogSettings(os.Getenv)
 	out := newConsole(os.Stderr, logs)
@@ -182,12 +186,15 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 		if noFill := fillRefusal(settings, config); noFill != nil {
 			return 0, fmt.Errorf("%w; %w", err, noFill)
 		}
-		_ = content.fetcher.Close() // it has fetched nothing
+		_ = content.fetcher.Close()
 		why = "mounting it was refused: " + refused.Error()
 		report.chose(modeFill, false, why)
 	}
 	if why != "" {
 		out.log.Warn("the root is filled in place: " + why)
+	}
+	if content.record != nil {
+		out.log.Warn("BOOTFS_RECORD: nothing is noted of a root that is filled in place")
 	}
 	return leadFilled(c, content, report, unserve, signals, out)
 }
@@ -203,18 +210,21 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	if err != nil || status != 0 {
 		return status, err
 	}
+	// From here on the network is used: what the app's exec reads first is on its way
+	// while the root is made.
+	prefetch := startPrefetch(content, settings, out.log)
 	root, err := makeRoot(content, c.cwd, out.log)
 	if err != nil {
+		prefetch.stop()
 		return 0, err
 	}
 	out.log.Info("the root is mounted, its chunks come as they are read")
-	// From here on the network is used. The app's own exec is its first reader.
 	time.AfterFunc(cutOffAfter, content.warnIfCutOff)
-	prefetch := startPrefetch(content, settings, out.log)
 	report.prefetches(prefetch)
+	content.record.begin()
 	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, content.memory.appScore(), signals, func() {
 		defer unix.Close(root.top)
-		if err := openCorner(root.top, report); err != nil {
+		if err := openCorner(root.top, report, content.record); err != nil {
 			out.log.Info("the status of this container cannot be asked for: " + err.Error())
 		}
 	})
@@ -236,6 +246,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	}
 	meeting.ready(word)
 	status = serve(app, signals)
+	content.record.ended()
 	prefetch.stop()
 	content.close()
 	return status, nil

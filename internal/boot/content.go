@@ -46,6 +46,7 @@ type content struct {
 	fetcher      *chunkstore.Fetcher
 	image        *lazy.Image
 	server       *mount.Server
+	record       *recorder // nil unless reads are noted
 	memory       memory
 	cacheSize    *int64 // bytes, 0: any; nil: what is usual
 	cacheReserve nodecache.Reserve
@@ -85,6 +86,9 @@ func openContent(config *bootimage.Config, s *settings, out *console) (*content,
 		if c.locators, err = registrystore.OpenLocators(rawLocators, c.index); err != nil {
 			return nil, fmt.Errorf("%s: %w", bootimage.LocatorsPath, err)
 		}
+	}
+	if s.record.on {
+		c.record = newRecorder(c, s.record)
 	}
 	c.upstream, err = c.openStores(s)
 	return c, err
@@ -287,7 +291,7 @@ func (c *content) serve(dir string) error {
 	var err error
 	c.server, err = mount.Serve(dir, mount.Options{
 		Meta:         c.meta,
-		Image:        c.image,
+		Image:        c.record.around(c.image),
 		XattrClasses: c.config.XattrClasses,
 		ReadTimeout:  c.patience(),
 		Log:          c.faults,
@@ -301,7 +305,7 @@ func (c *content) prefetchStart(ctx context.Context) error {
 	if c.locators == nil {
 		return nil
 	}
-	return c.image.Prefetch(ctx, c.locators.StartSet())
+	return c.image.PrefetchStart(ctx, c.locators.StartSet())
 }
 
 func (c *content) prefetchAll(ctx context.Context) error {

@@ -37,6 +37,7 @@ type settings struct {
 	cacheReserve nodecache.Reserve // BOOTFS_CACHE_RESERVE: what it leaves free
 	offline      bool              // BOOTFS_OFFLINE: no store is reached over a network
 	metrics      metrics.Address   // BOOTFS_METRICS
+	record       recording         // BOOTFS_RECORD: until when reads are noted
 	keepSysAdmin bool              // BOOTFS_KEEP_SYS_ADMIN: the app keeps the capability
 	sshPassword  string            // DROPBEAR_PASSWORD, as container-bootfs named it
 	sshAgent     string            // SSH_AUTH_SOCK: path of an agent's socket
@@ -61,6 +62,12 @@ func readSettings(env []string) (*settings, error) {
 				return nil, fmt.Errorf("BOOTFS_METRICS=%w", err)
 			}
 			s.metrics = at
+		case "BOOTFS_RECORD":
+			r, err := parseRecording(value)
+			if err != nil {
+				return nil, err
+			}
+			s.record = r
 		case "BOOTFS_MODE":
 			modes := map[string]mode{"": modeAuto, "auto": modeAuto, "fuse": modeFuse, "fill": modeFill}
 			mode, ok := modes[value]

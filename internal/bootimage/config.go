@@ -20,6 +20,7 @@ const (
 	FilledPath    = Dir + "/filled"       // names the index by which the root was filled; absent until it is complete
 	StatusPath    = Dir + "/status.json"  // in a filled root, how the fill went
 	SocketPath    = Dir + "/status"       // in a mounted root, for what the engine brings in: where boot tells how it is
+	RecordPath    = Dir + "/start-set"    // below a mounted root, and for what the engine brings in a socket: what was read, as package reads has it
 	CertsDir      = Dir + "/certs.d"      // how registries and web servers are reached, as containerd and docker have it
 	SecretsDir    = Dir + "/secrets"      // credentials that are bootfs's own
 	SecretsPrefix = "/run/secrets/bootfs" // the same, as Docker mounts secrets

@@ -5,13 +5,11 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"iter"
 	"math/rand/v2"
 	"runtime"
 	"slices"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -20,7 +18,6 @@ import (
 	"github.com/container-bootfs/bootfs/chunker"
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
-	"github.com/container-bootfs/bootfs/internal/erofs"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -60,8 +57,8 @@ func newPipeline(s sink) (*pipeline, error) {
 }
 
 // chunkImage cuts the root image of plan and puts its chunks into s: first
-// those of the ranges start, then all others.
-func chunkImage(ctx context.Context, plan *rootimage.Plan, start []span, s sink, progress func(int64)) (*chunked, error) {
+// those of the start set, then all others.
+func chunkImage(ctx context.Context, plan *rootimage.Plan, start startSet, s sink, progress func(int64)) (*chunked, error) {
 	p, err := newPipeline(s)
 	if err != nil {
 		return nil, err
@@ -81,9 +78,9 @@ func chunkImage(ctx context.Context, plan *rootimage.Plan, start []span, s sink,
 		return len(distinct) - 1, nil
 	}
 
-	if len(start) > 0 {
-		keep := func(off int64, size int) bool { return overlaps(start, off, int64(size)) }
-		err := p.run(ctx, unitsWith(plan, start), keep, func(c *chunk, stored []byte, number int) (int, error) {
+	if len(start.spans) > 0 {
+		keep := func(off int64, size int) bool { return overlaps(start.spans, off, int64(size)) }
+		err := p.run(ctx, slices.Values(start.units(plan)), keep, func(c *chunk, stored []byte, number int) (int, error) {
 			if c.frame == nil || number >= 0 {
 				return number, nil
 			}
@@ -315,59 +312,4 @@ type span struct{ Offset, Size int64 }
 func overlaps(spans []span, off, size int64) bool {
 	i, _ := slices.BinarySearchFunc(spans, off, func(s span, off int64) int { return cmp.Compare(s.Offset+s.Size-1, off) })
 	return i < len(spans) && spans[i].Offset < off+size
-}
-
-// startBudget bounds the bytes of a start set in a root image of n bytes. Five
-// percent keep the start of a large image a few requests; that much is less
-// than the loader and the C library of a small one, which are one request.
-func startBudget(n int64) int64 { return max(n/20, 4<<20) }
-
-// startSpans says where the contents of files lie in the root image that r
-// describes: sorted, those of the first files as far as budget goes.
-func startSpans(r *erofs.Reader, files []string, budget int64) ([]span, error) {
-	var out []span
-	for _, p := range files {
-		n, err := r.Inode(r.RootNID())
-		for name := range strings.SplitSeq(strings.Trim(p, "/"), "/") {
-			var nid uint64
-			if err == nil {
-				nid, err = r.Lookup(n, name)
-			}
-			if err == nil {
-				n, err = r.Inode(nid)
-			}
-		}
-		if err != nil {
-			return nil, fmt.Errorf("start set: %s: %w", p, err)
-		}
-		for off := int64(0); off < n.Size; {
-			at, length, err := r.Span(n, off)
-			if err != nil {
-				return nil, fmt.Errorf("start set: %s: %w", p, err)
-			}
-			off += length
-			if at < 0 {
-				continue // a hole
-			}
-			if budget -= length; budget < 0 {
-				return sortSpans(out), nil
-			}
-			out = append(out, span{at, length})
-		}
-	}
-	return sortSpans(out), nil
-}
-
-// sortSpans sorts by offset and joins what touches: files may share blocks.
-func sortSpans(spans []span) []span {
-	slices.SortFunc(spans, func(a, b span) int { return cmp.Compare(a.Offset, b.Offset) })
-	out := spans[:0]
-	for _, s := range spans {
-		if k := len(out) - 1; k >= 0 && s.Offset <= out[k].Offset+out[k].Size {
-			out[k].Size = max(out[k].Size, s.Offset+s.Size-out[k].Offset)
-			continue
-		}
-		out = append(out, s)
-	}
-	return out
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -36,7 +37,7 @@ func IndexDigest(ctx context.Context, t *tree.Tree, progress func(int64)) (strin
 	if err != nil {
 		return "", in(Source, err)
 	}
-	n, err := nameImage(ctx, plan, nil, nil, false, progress)
+	n, err := nameImage(ctx, plan, startSet{}, nil, false, progress)
 	if err != nil {
 		return "", err
 	}
@@ -52,9 +53,9 @@ type named struct {
 }
 
 // nameImage cuts the root image of plan, as far as s does not know its chunks,
-// and names them. Those with a byte in start are the start set. Chunks of zeros
+// and names them, those of the start set as such. Chunks of zeros
 // are not among the distinct ones unless withZeros says so. s may be nil.
-func nameImage(ctx context.Context, plan *rootimage.Plan, start []span, s *source, withZeros bool, progress func(int64)) (*named, error) {
+func nameImage(ctx context.Context, plan *rootimage.Plan, start startSet, s *source, withZeros bool, progress func(int64)) (*named, error) {
 	p, err := newPipeline(nowhere(withZeros))
 	if err != nil {
 		return nil, err
@@ -77,9 +78,6 @@ func nameImage(ctx context.Context, plan *rootimage.Plan, start []span, s *sourc
 					cached: c.cached, stored: c.stored,
 				})
 			}
-			if overlaps(start, c.Offset, int64(c.Size)) {
-				out.distinct[number].start = true
-			}
 		}
 		out.first = append(out.first, number)
 		progress(int64(c.Size))
@@ -94,7 +92,7 @@ func nameImage(ctx context.Context, plan *rootimage.Plan, start []span, s *sourc
 	out.index = file.Bytes()
 	out.report.RootBytes, out.report.Chunks = plan.Size(), len(out.first)
 	out.report.Distinct = len(out.distinct) + len(zeros)
-	return out, nil
+	return out, start.mark(out)
 }
 
 // choosePacks decides which packs of b the image refers to, and where each of
@@ -165,7 +163,7 @@ func (b *baseImage) look(ctx context.Context, k keptPack, at registrystore.Locat
 }
 
 // chunksOn stores what b does not have of the root image of plan.
-func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage.Plan, start []span, s *source, platform string) (*chunked, []registrystore.Pack, error) {
+func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage.Plan, start startSet, s *source, platform string) (*chunked, []registrystore.Pack, error) {
 	clock := newClock()
 	naming := p.c.meter(platform, PhaseNames, plan.Size())
 	n, err := nameImage(ctx, plan, start, s, false, naming.add)
@@ -299,7 +297,8 @@ type encoder struct {
 	progress func(int64)
 }
 
-// run stores chunks, which are in the order of the image.
+// run stores chunks, which are in the order of the image; those of the start set
+// in that in which they are read.
 func (e *encoder) run(ctx context.Context, chunks []wantedChunk) error {
 	if len(chunks) == 0 {
 		return nil
@@ -313,8 +312,14 @@ func (e *encoder) run(ctx context.Context, chunks []wantedChunk) error {
 		spans[i] = span{c.Offset, int64(c.Size)}
 	}
 	keep := func(off int64, size int) bool { return overlaps(spans, off, int64(size)) }
+	units := unitsWith(e.plan, spans)
+	if chunks[0].start {
+		var list []unit
+		list, chunks = asRead(slices.Collect(units), chunks)
+		units = slices.Values(list)
+	}
 	next := 0
-	err = p.run(ctx, unitsWith(e.plan, spans), keep, func(c *chunk, stored []byte, _ int) (int, error) {
+	err = p.run(ctx, units, keep, func(c *chunk, stored []byte, _ int) (int, error) {
 		// Layers of a local layout are read where they lie, by whoever writes there.
 		if next == len(chunks) || c.ID != chunks[next].ID || c.Offset != chunks[next].Offset {
 			return -1, in(Source, fmt.Errorf("root image at %d: the source has changed while it was read", c.Offset))

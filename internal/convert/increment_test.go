@@ -542,7 +542,7 @@ func BenchmarkNameImage(b *testing.B) {
 	plan, _ := planOf(b, []entries{files})
 	b.SetBytes(plan.Size())
 	for b.Loop() {
-		if _, err := nameImage(b.Context(), plan, nil, nil, false, func(int64) {}); err != nil {
+		if _, err := nameImage(b.Context(), plan, startSet{}, nil, false, func(int64) {}); err != nil {
 			b.Fatal(err)
 		}
 	}

@@ -117,7 +117,7 @@ func loopbackHost(address string) string {
 
 // chunks puts the chunks of plan, which is of s, away, on top of what b has
 // where it is not nil. list is nil for single chunks.
-func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []span, s *source, b *baseImage, platform string) (ch *chunked, list []registrystore.Pack, err error) {
+func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start startSet, s *source, b *baseImage, platform string) (ch *chunked, list []registrystore.Pack, err error) {
 	switch {
 	case b != nil:
 		if ch, list, err = p.chunksOn(ctx, b, plan, start, s, platform); err != nil {
@@ -132,7 +132,7 @@ func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []s
 	progress := p.c.meter(platform, PhaseChunks, plan.Size())
 	if p.loose != nil {
 		l := &loose{store: p.loose}
-		if ch, err = chunkImage(ctx, plan, nil, l, progress.add); err != nil {
+		if ch, err = chunkImage(ctx, plan, startSet{}, l, progress.add); err != nil {
 			return nil, nil, in(Destination, err)
 		}
 		ch.report.NewBytes, ch.report.ReusedBytes = l.written.Load(), l.reused.Load()
@@ -159,7 +159,7 @@ func (p *chunkPlace) chunks(ctx context.Context, plan *rootimage.Plan, start []s
 func (p *chunkPlace) looseOn(ctx context.Context, plan *rootimage.Plan, s *source, platform string) (*chunked, error) {
 	clock := newClock()
 	naming := p.c.meter(platform, PhaseNames, plan.Size())
-	n, err := nameImage(ctx, plan, nil, s, true, naming.add)
+	n, err := nameImage(ctx, plan, startSet{}, s, true, naming.add)
 	if err != nil {
 		return nil, err
 	}

@@ -21,8 +21,9 @@ const (
 	maxSmallStart  = 3
 	keepSmallStart = 1
 	// startUse is the part of a pack of the start set that a start has to need
-	// for the pack to stay one: the rest is fetched for nothing.
-	startUse = 0.75
+	// for the pack to stay one: the rest is fetched for nothing, so that a start
+	// moves 1.15 times what it reads at most.
+	startUse = 0.87
 )
 
 // DefaultRewriteBelow is the part of a pack that must be used for the pack to
@@ -33,6 +34,7 @@ const DefaultRewriteBelow = 0.5
 type wantedChunk struct {
 	index.Chunk      // where the image has it first
 	start       bool // it belongs to the start set
+	rank        int  // of those: when it is read first, 0 where that is not known
 	cached      bool // a cache knows it: its bytes were not read
 	stored      int  // bytes of the stored form, where a cache knows it
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/convcache"
 	"github.com/container-bootfs/bootfs/internal/erofs"
+	"github.com/container-bootfs/bootfs/internal/reads"
 	"github.com/container-bootfs/bootfs/internal/rootimage"
 	"github.com/container-bootfs/bootfs/internal/scratch"
 	"github.com/container-bootfs/bootfs/internal/startset"
@@ -54,6 +55,9 @@ type Options struct {
 	// RewriteBelow is the part of a pack of the base that must be used for the
 	// pack to be referred to; 0 is DefaultRewriteBelow.
 	RewriteBelow float64
+	// StartSet is what the program was seen to read until it was ready, in order;
+	// nil leaves it to what its files tell.
+	StartSet []reads.Range
 	// KeepTag leaves a second tag that no later conversion moves, so that the
 	// packs stay when the destination's name goes to another image.
 	KeepTag bool
@@ -129,6 +133,8 @@ func (o *Options) check() error {
 	switch {
 	case o.Store == "" && !o.Destination.HoldsPacks():
 		return fmt.Errorf("%s cannot hold chunks: name a store for them with --store: %s", o.Destination, stores.WrittenForms())
+	case o.StartSet != nil && stores.Loose(o.Store):
+		return errors.New("a start set has chunks put beside one another in packs, and the store takes single chunks: leave --start-set out")
 	case o.KeepTag && !o.Destination.HoldsPacks():
 		return fmt.Errorf("%s holds one image and no second tag for it: leave --keep-tag out", o.Destination)
 	case o.Base != nil && stores.Loose(o.Store):
@@ -320,15 +326,17 @@ func (c *conversion) tryPlatform(ctx context.Context, img input, useCache bool) 
 		return fail(in(Source, err))
 	}
 	conf := img.Config.Config
-	files := startset.Files(root, startset.Program{
-		Args: append(append([]string{}, conf.Entrypoint...), conf.Cmd...), Env: conf.Env, WorkingDir: conf.WorkingDir})
 	meta, err := erofs.NewReader(plan.Meta())
 	if err != nil {
 		return fail(err)
 	}
-	start, err := startSpans(meta, files, startBudget(plan.Size()))
+	start, missing, err := startOf(root, plan, meta, c.o.StartSet, startset.Program{
+		Args: append(append([]string{}, conf.Entrypoint...), conf.Cmd...), Env: conf.Env, WorkingDir: conf.WorkingDir})
 	if err != nil {
 		return fail(err)
+	}
+	if n := len(missing); n > 0 {
+		c.o.Log.Warn(fmt.Sprintf("%d files of the start set are not in the image for %s, the first is %q: what the program needs by its own files counts beside it; record it anew with bootfs-convert profile", n, img.Platform, missing[0]))
 	}
 	mergeSeconds := clock.lap()
 

@@ -490,6 +490,56 @@ func TestPrefetch(t *testing.T) {
 	m.idle(t)
 }
 
+// What a start reads is asked for at once and all together, also while somebody
+// waits for another chunk; and who reads one of them waits for that one only.
+func TestPrefetchStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		x, f, want := testImage(t, slices.Repeat([]int{50000}, 300))
+		began := time.Now()
+		other, err := x.At(299)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.before = func(ctx context.Context, c index.Chunk) error {
+			if c == other {
+				time.Sleep(time.Minute)
+			} else {
+				time.Sleep(10 * time.Millisecond)
+			}
+			return nil
+		}
+		m := New(x, f, Options{})
+		var readers sync.WaitGroup
+		readers.Go(func() {
+			if _, err := m.ReadAt(t.Context(), make([]byte, 1), other.Offset); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		readers.Go(func() {
+			if err := m.PrefetchStart(t.Context(), upTo(299)); err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(began); took != 299*10*time.Millisecond {
+				t.Errorf("the start set took %v", took)
+			}
+		})
+		synctest.Wait()
+		p := make([]byte, 50000)
+		if _, err := m.ReadAt(t.Context(), p, 0); err != nil || !bytes.Equal(p, want[:50000]) {
+			t.Error("read differs", err)
+		}
+		readers.Wait()
+		if got := f.batches.Load(); got != 1 {
+			t.Errorf("got %d requests for the start set, want 1", got)
+		}
+		if got := f.fetched.Load(); got != 300 {
+			t.Errorf("got %d chunks fetched, want each of 300 once", got)
+		}
+		m.idle(t)
+	})
+}
+
 // A reader joins a batch under way, is not hurt when the prefetch is stopped,
 // and its chunk counts as read.
 // cachingFetcher has some chunks near.

@@ -21,6 +21,9 @@ const (
 	// prefetchAhead is how many batches travel at once: while one is on its
 	// way, the other is hashed and stored.
 	prefetchAhead = 2
+	// startBatch is the same for what a start reads: all of that is wanted, in the
+	// order in which it lies in its pack, and the fewer requests the better.
+	startBatch = 256 << 20
 	// yieldStep and yieldMost say how Prefetch gives way: before a batch it
 	// looks this often whether readers wait for the network, and goes on
 	// after this long all the same. A busy container's start set still comes.
@@ -39,6 +42,18 @@ type cached interface {
 // read ones, and readers go first. A chunk that cannot be had does not stop the
 // others; the first error is returned.
 func (m *Image) Prefetch(ctx context.Context, positions iter.Seq[int]) error {
+	return m.prefetch(ctx, positions, prefetchBatch, m.yield)
+}
+
+// PrefetchStart fetches chunks that are about to be read, as Prefetch does, but
+// with as few requests as it takes and at once. Who reads one of them gets it as
+// soon as it has arrived.
+func (m *Image) PrefetchStart(ctx context.Context, positions iter.Seq[int]) error {
+	return m.prefetch(ctx, positions, startBatch, func(context.Context) {})
+}
+
+// prefetch asks for at most batch plain bytes at once, after yield.
+func (m *Image) prefetch(ctx context.Context, positions iter.Seq[int], batch int, yield func(context.Context)) error {
 	var (
 		batches errgroup.Group
 		once    sync.Once
@@ -50,11 +65,11 @@ func (m *Image) Prefetch(ctx context.Context, positions iter.Seq[int]) error {
 	here, _ := m.f.(cached)
 	batches.SetLimit(prefetchAhead)
 	flush := func() {
-		batch := cs
+		these := cs
 		cs, size = nil, 0
-		m.yield(ctx)
+		yield(ctx)
 		batches.Go(func() error {
-			if err := m.bring(ctx, batch); err != nil {
+			if err := m.bring(ctx, these); err != nil {
 				fail(err)
 			}
 			return nil
@@ -77,7 +92,7 @@ func (m *Image) Prefetch(ctx context.Context, positions iter.Seq[int]) error {
 			continue
 		}
 		cs = append(cs, c)
-		if size += c.Size; size >= prefetchBatch {
+		if size += c.Size; size >= batch {
 			flush()
 		}
 	}
