@@ -261,7 +261,7 @@ func TestSparseForms(t *testing.T) {
 			for _, d := range treecmp.Diff(got, want) {
 				t.Error(d)
 			}
-			if d := time.Since(start); d > 5*time.Second {
+			if d := time.Since(start); d > time.Minute {
 				t.Errorf("took %v: holes cost something", d)
 			}
 		})
