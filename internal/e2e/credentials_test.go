@@ -140,8 +140,9 @@ type guardedRegistry struct {
 	uses         map[string]int // of each token that is still good
 }
 
-// tokenUses is after how many requests a token expires.
-const tokenUses = 5
+// tokenUses is after how many requests a token expires: more than are under way
+// at once, as a new token that is used up before its request is a refusal.
+const tokenUses = 20
 
 func (g *guardedRegistry) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path == "/token" {

@@ -55,8 +55,6 @@ UsePAM no
 UseDNS no
 PidFile none
 Subsystem sftp internal-sftp
-# Without the home directory no profile of root's is read.
-SetEnv HOME=/srv
 `
 
 // StartSSHD starts a server at a free port of the loopback, with what is its
@@ -139,6 +137,7 @@ func newSSHKey(path string) (ssh.PublicKey, error) {
 func (s *SSHD) Start(ctx context.Context) error { return s.start(ctx, "") }
 
 func (s *SSHD) start(ctx context.Context, setup string) error {
+	// Root's home is elsewhere, where no profile of the machine's is read.
 	script := `set -e
 mount -t overlay -o "lowerdir=/etc,upperdir=$dir/etc,workdir=$dir/work" overlay /etc
 mount --bind "$dir/srv" /srv
@@ -146,7 +145,7 @@ mkdir -p /run/sshd
 if [ -n "$password" ]; then printf 'root:%s\n' "$password" | chpasswd -c SHA512; fi
 unset password
 ` + setup + `
-exec /usr/sbin/sshd -D -e -f "$dir/sshd_config" -o ListenAddress="$address"
+exec /usr/sbin/sshd -D -e -f "$dir/sshd_config" -o ListenAddress="$address" -o SetEnv=HOME=/srv
 `
 	cmd := exec.Command("unshare", "--mount", "sh", "-c", script)
 	cmd.Env = append(os.Environ(), "dir="+s.dir, "address="+s.Address, "password="+s.password)
