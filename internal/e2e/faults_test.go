@@ -879,7 +879,10 @@ var shortenings = []struct {
 	{regexp.MustCompile(`(: (read|write) tcp )?HOST->HOST`), ""},
 	{regexp.MustCompile(`SHA256:[A-Za-z0-9+/]+`), "SHA256:…"},
 	{regexp.MustCompile(`\[127\.0\.0\.1\]:\d+ (\S+) AAAA\S+`), "[HOST]:PORT $1 AAAA…"},
-	{regexp.MustCompile(`nothing arrived within \d+s: context deadline exceeded; before that: `), ""}, // the last attempt had little time
+	// An attempt on which nothing arrived comes after others, of which a login that
+	// was given up says the same.
+	{regexp.MustCompile(`; before that: HOST did not let us in within .*`), ""},
+	{regexp.MustCompile(`nothing arrived within \d+s: context deadline exceeded; before that: `), ""},
 	{regexp.MustCompile(`within \d+s`), "within N s"},
 	{regexp.MustCompile(`casync ended|the connection was lost: .*`), "the connection was lost"}, // whoever notices it first
 }
