@@ -884,6 +884,7 @@ var shortenings = []struct {
 	{regexp.MustCompile(`; before that: HOST did not let us in within .*`), ""},
 	{regexp.MustCompile(`nothing arrived within \d+s: context deadline exceeded; before that: `), ""},
 	{regexp.MustCompile(`within \d+s`), "within N s"},
+	{regexp.MustCompile(`(ssh://\S+: chunk not found): .*`), "$1"},                              // by SFTP, where casync's first answer is late
 	{regexp.MustCompile(`casync ended|the connection was lost: .*`), "the connection was lost"}, // whoever notices it first
 }
 
