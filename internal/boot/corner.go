@@ -22,9 +22,10 @@ const (
 )
 
 // openCorner mounts bootimage.Dir in the root whose directory is top, with boot's
-// binary and the socket of the status; and that of record, unless it is nil. It shows in the mount namespace of boot,
-// which is that of what the engine brings in; the app's was copied before. The
-// root image has a place for it that nobody sees (mount.Options.Place).
+// binary, the socket of the status and, unless record is nil, that of the record. It
+// shows in the mount namespace of boot, which is that of what the engine brings in;
+// the app's was copied before. The root image has a place for it that nobody sees
+// (mount.Options.Place).
 //
 // It is called while the app starts, so that it costs the start nothing.
 func openCorner(top int, r *reporter, record *recorder) error {
