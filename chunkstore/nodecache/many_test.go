@@ -23,6 +23,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/httpstore"
 	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
+	"github.com/container-bootfs/bootfs/chunkstore/storetest"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/lazy"
 )
@@ -169,31 +170,6 @@ func imageOnWeb(t *testing.T, file string, chunks int) (s *web, digest string, s
 	return s, fmt.Sprintf("%x", all.Sum(nil)), stored
 }
 
-// fillWithOld puts n bytes of chunks that nobody has used for a day into the
-// cache in dir.
-func fillWithOld(t *testing.T, dir string, n int64) {
-	t.Helper()
-	const size = 256 << 10
-	yesterday := time.Now().Add(-24 * time.Hour)
-	for ; n >= size; n -= size {
-		shard, name := chunkstore.Place(index.SHA256.Sum([]byte(fmt.Sprint("old ", n))))
-		file := filepath.Join(dir, shard, name)
-		err := os.MkdirAll(filepath.Dir(file), 0o755)
-		if err == nil {
-			err = os.WriteFile(file, nil, 0o644)
-		}
-		if err == nil {
-			err = os.Truncate(file, size)
-		}
-		if err == nil {
-			err = os.Chtimes(file, yesterday, yesterday)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-}
-
 // manyDone says that the long form has been begun: once is enough for a soak test
 // that runs all tests several times.
 var manyDone atomic.Bool
@@ -233,7 +209,7 @@ func TestManyProcesses(t *testing.T) {
 					break
 				}
 				dir := t.TempDir()
-				fillWithOld(t, dir, test.limit*94/100) // less than is evicted at
+				storetest.FillWithOld(t, dir, test.limit*94/100, 256<<10) // less than is evicted at
 				env := append(os.Environ(), manyIndex+"="+file, manyCache+"="+dir, manyStore+"="+s.URL, fmt.Sprintf("%s=%d", manyLimit, test.limit), test.env)
 				s.read(t, processes, kills, digest, env)
 				different, times := s.counts()

@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
-	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
+	"github.com/container-bootfs/bootfs/chunkstore/storetest"
 	"github.com/container-bootfs/bootfs/index"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
@@ -200,7 +200,7 @@ func (c *fleet) round(t *testing.T, limit int64, env ...string) (told []map[stri
 			t.Error(err)
 		}
 	}()
-	prey := fillWithOld(t, dir, limit*94/100) // less than is evicted at
+	prey := storetest.FillWithOld(t, dir, limit*94/100, 4<<20) // less than is evicted at
 	ids := make([]string, c.boots)
 	victims := rand.Perm(c.boots)[:c.kills]
 	var create, start errgroup.Group
@@ -319,33 +319,6 @@ func lastWords(done context.Context, name string) (map[string]float64, error) {
 	}}}
 	values, err := scrape(&client)
 	return values, errors.Join(err, os.WriteFile(name+".seen", nil, 0o644))
-}
-
-// fillWithOld puts n bytes of chunks that nobody has used for a day into the
-// cache in dir, and returns their files.
-func fillWithOld(t *testing.T, dir string, n int64) (files []string) {
-	t.Helper()
-	const size = 4 << 20
-	yesterday := time.Now().Add(-24 * time.Hour)
-	for ; n >= size; n -= size {
-		shard, name := chunkstore.Place(index.SHA256.Sum([]byte(fmt.Sprint("old ", n))))
-		file := filepath.Join(dir, shard, name)
-		err := os.MkdirAll(filepath.Dir(file), 0o755)
-		if err == nil {
-			err = os.WriteFile(file, nil, 0o644)
-		}
-		if err == nil {
-			err = os.Truncate(file, size)
-		}
-		if err == nil {
-			err = os.Chtimes(file, yesterday, yesterday)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		files = append(files, file)
-	}
-	return files
 }
 
 // evictUntil evicts from the cache in dir again and again until done.
