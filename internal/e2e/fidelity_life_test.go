@@ -393,7 +393,9 @@ func copyFiles(t *testing.T, from, to string) result {
 
 func copyOut(t *testing.T, s *subject) string {
 	dir := t.TempDir()
-	id := s.start(t, s.image, "sleep", "600")
+	// The engine's storage has the files once a fill is done.
+	id := s.start(t, s.image, "sh", "-c", "echo up; exec sleep 600")
+	says(t, id, "up\n")
 	r := copyFiles(t, id+":/opt/tools", dir)
 	return r.String() + tree(t, dir)
 }
