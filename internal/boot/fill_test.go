@@ -50,6 +50,19 @@ func TestProgressOnATerminal(t *testing.T) {
 	}
 }
 
+// TestMissingLinesOnATerminal: what is said of them takes the place of the progress.
+func TestMissingLinesOnATerminal(t *testing.T) {
+	c := &console{queue: make(chan utterance, 2)}
+	c.say(utterance{text: "1 MB", progress: true})
+	c.dropped.Store(2)
+	close(c.queue)
+	var out strings.Builder
+	c.write(&out)
+	if want := "1 MB" + eraseLine + "bootfs: lines that nobody read in time are missing here: 2\n"; out.String() != want {
+		t.Errorf("got %q, want %q", out.String(), want)
+	}
+}
+
 func TestKeeper(t *testing.T) {
 	for _, c := range []struct {
 		level         slog.Level

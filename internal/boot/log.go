@@ -103,17 +103,20 @@ const eraseLine = "\r\x1b[K"
 
 func (c *console) write(w io.Writer) {
 	stands := false // a line of progress on the terminal
-	for u := range c.queue {
-		if stands && u.text != "" {
-			u.text = eraseLine + strings.TrimPrefix(u.text, eraseLine)
+	put := func(text string, progress bool) {
+		if stands {
+			text = eraseLine + strings.TrimPrefix(text, eraseLine)
 		}
+		stands = progress
+		_, _ = io.WriteString(w, text)
+	}
+	for u := range c.queue {
 		if u.text != "" {
-			stands = u.progress
-			_, _ = io.WriteString(w, u.text)
+			put(u.text, u.progress)
 		}
 		if n := c.dropped.Load(); n > 0 && len(c.queue) == 0 {
 			c.dropped.Add(-n)
-			_, _ = io.WriteString(w, c.line(slog.LevelWarn, fmt.Sprintf("lines that nobody read in time are missing here: %d", n), nil))
+			put(c.line(slog.LevelWarn, fmt.Sprintf("lines that nobody read in time are missing here: %d", n), nil), false)
 		}
 		if u.flushed != nil {
 			close(u.flushed)

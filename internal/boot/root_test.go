@@ -181,6 +181,19 @@ func TestPlace(t *testing.T) {
 	}
 }
 
+// TestStatusOfAServersWords: a terminal that is shown the JSON obeys nothing of what
+// a server has said.
+func TestStatusOfAServersWords(t *testing.T) {
+	hostile := errors.New("status 500: \u009b2J\x1b[2J\nno")
+	p := &prefetching{}
+	p.ended(hostile)
+	for _, got := range []string{storeStatusOf(chunkstore.StoreStats{LastError: hostile}).LastError, p.status().Error} {
+		if want := "status 500: 2J [2J no"; got != want {
+			t.Errorf("got %q, want %q", got, want)
+		}
+	}
+}
+
 func TestCutOff(t *testing.T) {
 	failing := chunkstore.StoreStats{Name: "registry://r/a", LastError: fmt.Errorf("registry://r/a: %w", &net.OpError{Op: "dial", Err: unix.ECONNREFUSED})}
 	unknown := chunkstore.StoreStats{Name: "ssh://r/a", LastError: errors.New("ssh://r/a: r does not let root in")}

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/container-bootfs/bootfs/internal/httpio"
 )
 
 // catchSignals takes over every signal that can be, before anything can arrive
@@ -92,7 +94,7 @@ func (p *prefetching) ended(err error) {
 	defer p.mu.Unlock()
 	p.is.State = "done"
 	if err != nil {
-		p.is.State, p.is.Error = "failed", err.Error()
+		p.is.State, p.is.Error = "failed", httpio.OneLine(err.Error(), maxWords)
 	}
 }
 

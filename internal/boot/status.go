@@ -225,7 +225,7 @@ func storeStatusOf(store chunkstore.StoreStats) storeStatus {
 	}
 	if store.LastError != nil {
 		at := store.LastAt.UTC()
-		s.LastError, s.LastErrorAt = store.LastError.Error(), &at
+		s.LastError, s.LastErrorAt = httpio.OneLine(store.LastError.Error(), maxWords), &at
 	}
 	return s
 }
