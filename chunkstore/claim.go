@@ -22,18 +22,6 @@ type Claimer interface {
 }
 
 const (
-	// Others are waited for as long as something comes of it, and this long in vain
-	// in all: by then they are stopped, or hold their claims to do harm. Their
-	// chunks are claimed a second time, for those who wait for them as well, and
-	// those claims waited for once more.
-	firstPatience  = 4 * time.Second
-	secondPatience = 2 * time.Second
-	// patienceBack is after how long others are given a second chance.
-	patienceBack = 10 * time.Minute
-	// expectedPause is between two chunks from others that are at work. It is not
-	// waited in vain.
-	expectedPause = 250 * time.Millisecond
-
 	// A claim takes microseconds. If each one takes longer than slowClaim, which it
 	// does where somebody has set locks by the ten thousand, no more are made once
 	// slowClaims have taken so long together.
@@ -52,8 +40,8 @@ const (
 // neighbours are the other processes that fill a Fetcher's cache.
 type neighbours struct {
 	Claimer
-	rounds [2]patience
-	there  atomic.Bool // a claim of theirs was seen
+	wait  wait
+	there atomic.Bool // a claim of theirs was seen
 
 	mu    sync.Mutex    // guards what follows
 	slow  time.Duration // that the last claims took, all of them slow
@@ -62,8 +50,9 @@ type neighbours struct {
 
 func newNeighbours(c Claimer) *neighbours {
 	n := &neighbours{Claimer: c}
-	n.rounds[0].most = firstPatience
-	n.rounds[1].most = secondPatience
+	n.wait.fetches = make(map[*ownFetch]struct{})
+	n.wait.rounds[0].most = firstPatience
+	n.wait.rounds[1].most = secondPatience
 	return n
 }
 
@@ -104,6 +93,14 @@ func (n *neighbours) timed(id index.ID) (release func(), ok bool) {
 // met reports whether others were seen to fetch what this process wants. There may
 // be no neighbours at all.
 func (n *neighbours) met() bool { return n != nil && n.there.Load() }
+
+// waiting returns how the process waits for its neighbours; nil: it has none.
+func (n *neighbours) waiting() *wait {
+	if n == nil {
+		return nil
+	}
+	return &n.wait
+}
 
 func (n *neighbours) took(d time.Duration) {
 	n.mu.Lock()
@@ -161,7 +158,7 @@ func (f *Fetcher) bring(ctx context.Context, wants []*want, k *sink) (abort, err
 	}
 	// Where nothing comes into the cache there is nothing to wait for, and nothing
 	// that others could wait for.
-	for round := 0; round < len(f.neighbours.rounds) && f.cache.takes() && f.neighbours.usable() && ctx.Err() == nil; round++ {
+	for round := 0; round < len(f.neighbours.wait.rounds) && f.cache.takes() && f.neighbours.usable() && ctx.Err() == nil; round++ {
 		if abort := f.share(ctx, round, wants, k, fetch); abort != nil {
 			return abort, nil
 		}
@@ -180,10 +177,8 @@ func (f *Fetcher) bring(ctx context.Context, wants []*want, k *sink) (abort, err
 // share fetches what can be claimed of wants, and waits for the rest until
 // patience is over.
 func (f *Fetcher) share(ctx context.Context, round int, wants []*want, k *sink, fetch func([]*want) error) (abort error) {
-	patience := &f.neighbours.rounds[round]
-	patience.begin()
-	defer patience.end()
-	if round == 0 && patience.over() {
+	wait := &f.neighbours.wait
+	if round == 0 && wait.over(round) {
 		return nil // with those who have lost it, too, there is the second round
 	}
 	end := time.Now().Add(time.Hour)
@@ -212,7 +207,8 @@ func (f *Fetcher) share(ctx context.Context, round int, wants []*want, k *sink, 
 				}
 			}
 			// Another may have fetched it before the claim.
-			if _, abort = f.look(ctx, mine, k); abort != nil {
+			var found bool
+			if found, abort = f.look(ctx, mine, k); abort != nil {
 				return abort
 			}
 			for _, w := range mine {
@@ -220,31 +216,32 @@ func (f *Fetcher) share(ctx context.Context, round int, wants []*want, k *sink, 
 					w.giveUp()
 				}
 			}
-			arrived = arrived || len(mine) > 0
+			arrived = arrived || found || pass > 0 && len(mine) > 0 // they were given up
 			if mine = undone(mine); len(mine) > 0 {
-				patience.end()
-				abort = fetch(mine)
-				patience.begin()
-				if abort != nil {
+				if abort = fetch(mine); abort != nil {
 					return abort
 				}
 			}
 			open = undone(open)
 		}
 		if arrived {
-			patience.progress()
+			wait.arrived()
 			pause = leastPoll
 		}
-		if len(open) == 0 || ctx.Err() != nil || patience.over() || !f.neighbours.usable() || time.Now().After(end) {
+		if len(open) == 0 || ctx.Err() != nil || wait.over(round) || !f.neighbours.usable() || time.Now().After(end) {
 			return nil
 		}
-		sleep(ctx, pause+time.Duration(len(open))*pollChunk)
+		d := pause + time.Duration(len(open))*pollChunk
+		sleep(ctx, d)
+		if wait.waited(round, d) {
+			f.askForOne(open)
+		}
 		pause = min(2*pause, longPoll)
 	}
 }
 
 // look delivers those of wants that are in the cache by now, and reports whether
-// there are any.
+// others have brought any.
 func (f *Fetcher) look(ctx context.Context, wants []*want, k *sink) (found bool, abort error) {
 	for _, w := range wants {
 		if w.bad {
@@ -255,69 +252,17 @@ func (f *Fetcher) look(ctx context.Context, wants []*want, k *sink) (found bool,
 			w.bad = !errors.Is(err, ErrNotFound)
 			continue
 		}
-		f.cache.shared.Add(1)
+		if !f.neighbours.wait.isOurs(w.chunk.ID) {
+			f.cache.shared.Add(1)
+			found = true
+		}
 		if len(k.base) == 0 {
 			k.base = plain[:0]
 		}
-		found, w.done = true, true
+		w.done = true
 		if k.abort = k.emit(w, plain); k.abort != nil {
-			return true, k.abort
+			return found, k.abort
 		}
 	}
 	return found, nil
-}
-
-// patience is how long a process waits for others in vain, all its waiting
-// together.
-type patience struct {
-	most time.Duration
-
-	mu      sync.Mutex // guards what follows
-	spent   time.Duration
-	last    time.Time // when some was spent
-	waiting int       // calls
-	since   time.Time // when something came, or the first of those calls
-}
-
-func (p *patience) begin() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	now := time.Now()
-	if p.waiting == 0 {
-		p.since = now
-	}
-	p.waiting++
-	if now.Sub(p.last) > patienceBack {
-		p.spent = 0
-	}
-}
-
-func (p *patience) end() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.waiting--; p.waiting == 0 {
-		p.spend(time.Now())
-	}
-}
-
-// progress says that something came.
-func (p *patience) progress() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.spend(time.Now())
-}
-
-// spend counts what was waited in vain until now. The caller has locked p.
-func (p *patience) spend(now time.Time) {
-	if idle := now.Sub(p.since) - expectedPause; idle > 0 {
-		p.spent += idle
-		p.last = now
-	}
-	p.since = now
-}
-
-func (p *patience) over() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.spent+max(0, time.Since(p.since)-expectedPause) >= p.most
 }

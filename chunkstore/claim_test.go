@@ -151,15 +151,17 @@ func TestOwnerGivesUp(t *testing.T) {
 }
 
 // TestStoppedOwner: an owner that holds its claims and does nothing costs the
-// others a few seconds in all. Its chunks are fetched by one of them.
+// others a few seconds in all. Each of them asks for one chunk or two to see that
+// it is the owner; the rest of its chunks are fetched by one.
 func TestStoppedOwner(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cache, store := newClaimed(), slow(50*time.Millisecond)
 		for _, c := range chunks[5:15] {
 			cache.Claim(c.ID)
 		}
+		const processes = 8
 		var g sync.WaitGroup
-		for range 8 {
+		for range processes {
 			f := NewFetcher(FetcherOptions{Cache: cache, Stores: []Store{store}})
 			g.Go(func() {
 				start := time.Now()
@@ -175,9 +177,96 @@ func TestStoppedOwner(t *testing.T) {
 			})
 		}
 		g.Wait()
-		if n := store.gets.Load(); n != int64(len(chunks)) {
-			t.Errorf("got %d requests for %d chunks, want one each", n, len(chunks))
+		if n, most := store.gets.Load(), int64(len(chunks)+2*processes); n > most {
+			t.Errorf("got %d requests for %d chunks, want at most %d", n, len(chunks), most)
 		}
+	})
+}
+
+// TestStalledStore: when the store stands still, each of the processes that wait
+// for one another asks for one chunk at most that another is fetching, however
+// long it takes, and as often as it happens within the time of a start.
+func TestStalledStore(t *testing.T) {
+	for _, test := range []struct {
+		stall   time.Duration
+		times   int
+		batches bool
+	}{
+		{6 * time.Second, 1, true},
+		{10 * time.Second, 1, true},
+		{10 * time.Second, 1, false},
+		{30 * time.Second, 1, true},
+		{6 * time.Second, 5, true},
+		{6 * time.Second, 5, false},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			const processes, works = 16, 200 * time.Millisecond // between two stalls
+			cache, store := newClaimed(), newMemory("store", good...)
+			start := time.Now()
+			var brought atomic.Int64
+			store.set(func(ctx context.Context, _ int64) error {
+				sleepIn(ctx, 90*time.Millisecond)
+				stalls, since := time.Since(start)/(works+test.stall), time.Since(start)%(works+test.stall)
+				if int(stalls) < test.times && since >= works {
+					sleepIn(ctx, works+test.stall-since)
+				}
+				if ctx.Err() == nil {
+					brought.Add(1)
+				}
+				return ctx.Err()
+			})
+			var g sync.WaitGroup
+			for range processes {
+				// Second requests for what is slow have a limit of their own.
+				f := NewFetcher(FetcherOptions{Cache: cache, Stores: []Store{store}, HedgeAfter: -1})
+				g.Go(func() {
+					if test.batches {
+						for from := 0; from < len(chunks); from += 2 {
+							n := 0
+							if err := f.FetchBatch(t.Context(), chunks[from:from+2], func(int, []byte) error { n++; return nil }); err != nil || n != 2 {
+								t.Errorf("%+v: got %d chunks, %v", test, n, err)
+							}
+						}
+					} else {
+						for i := range chunks {
+							wantPlain(t, f, within(t, time.Minute), i)
+						}
+					}
+					f.Close()
+				})
+			}
+			g.Wait()
+			t.Logf("%+v: %d chunks brought, in %v", test, brought.Load(), time.Since(start))
+			if n, most := brought.Load(), int64(len(chunks)+test.times*processes); n > most {
+				t.Errorf("%+v: the store brought %d chunks for %d, want at most %d", test, n, len(chunks), most)
+			}
+			if took, most := time.Since(start), time.Duration(test.times)*(works+test.stall)+10*time.Second; took > most {
+				t.Errorf("%+v: got %v, want at most %v", test, took, most)
+			}
+			cache.wantReleased(t)
+		})
+	}
+}
+
+// TestStoreAnswersOthers: a process that the store does not answer waits for those
+// that it does answer.
+func TestStoreAnswersOthers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cache, store, deaf := newClaimed(), slow(4*time.Second), newMemory("deaf", good...)
+		deaf.set(hanging)
+		owner := fetcher(t, cache, store)
+		var g sync.WaitGroup
+		g.Go(func() { fetchAll(t, owner, chunks) })
+		time.Sleep(100 * time.Millisecond)
+		f := NewFetcher(FetcherOptions{Cache: cache, Stores: []Store{deaf}, HedgeAfter: -1})
+		if order, err := fetchAll(t, f, chunks); err != nil || len(order) != len(chunks) {
+			t.Errorf("got %d chunks, %v", len(order), err)
+		}
+		if n := deaf.gets.Load(); n > 1 {
+			t.Errorf("got %d requests, want one at most", n)
+		}
+		f.Close()
+		g.Wait()
 	})
 }
 
@@ -211,6 +300,53 @@ func TestAllClaimedForEver(t *testing.T) {
 			if _, err := fetchAll(t, f, chunks); err != nil || time.Since(start) > 0 {
 				t.Errorf("then: got %v after %v, want all at once", err, time.Since(start))
 			}
+		})
+	}
+}
+
+// TestSomeClaimedForEver: somebody who holds one chunk of each batch costs no more
+// than one who holds all. If the store is slow, too, or stands still for a while,
+// what it needs comes on top.
+func TestSomeClaimedForEver(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		takes time.Duration // a chunk
+		stall time.Duration // of the first one
+		all   bool
+	}{
+		{"one of each batch", 20 * time.Millisecond, 0, false},
+		{"one of each batch, stalled", 20 * time.Millisecond, 10 * time.Second, false},
+		{"one of each batch, slow", 2 * time.Second, 0, false},
+		{"all, stalled", 20 * time.Millisecond, 10 * time.Second, true},
+		{"all, slow", 2 * time.Second, 0, true},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			const batch = 2
+			cache, store := newClaimed(), newMemory("store", good...)
+			store.set(func(ctx context.Context, n int64) error {
+				if sleepIn(ctx, test.takes); n == 1 {
+					sleepIn(ctx, test.stall)
+				}
+				return ctx.Err()
+			})
+			held := make(map[index.ID]bool)
+			for i := 0; i < len(chunks); i += batch {
+				held[chunks[i].ID] = true
+			}
+			cache.claims.hostile = func(id index.ID) bool { return test.all || held[id] }
+			f := NewFetcher(FetcherOptions{Cache: cache, Stores: []Store{store}, HedgeAfter: -1})
+			start := time.Now()
+			for from := 0; from < len(chunks); from += batch {
+				if order, err := fetchAll(t, f, chunks[from:from+batch]); err != nil || len(order) != batch {
+					t.Errorf("%s: got %d chunks, %v", test.name, len(order), err)
+				}
+			}
+			took, alone := time.Since(start), test.stall+time.Duration(len(chunks))*test.takes
+			t.Logf("%s: %v", test.name, took)
+			if took > alone+9*time.Second {
+				t.Errorf("%s: got %v, want a few seconds more than %v", test.name, took, alone)
+			}
+			f.Close()
 		})
 	}
 }
@@ -272,16 +408,24 @@ func TestPatienceComesBack(t *testing.T) {
 		cache, store := newClaimed(), newMemory("store", good...)
 		cache.claims.hostile = func(index.ID) bool { return true }
 		f := fetcher(t, cache, store)
-		wantPlain(t, f, t.Context(), 0)
+		last := len(chunks) - 1
+		for i := range last - 1 {
+			wantPlain(t, f, t.Context(), i)
+		}
+		start := time.Now()
+		wantPlain(t, f, t.Context(), last-1)
+		if took := time.Since(start); took > 0 {
+			t.Errorf("got a chunk that a neighbour holds after %v, want it at once", took)
+		}
 		cache.claims.hostile = nil
 		time.Sleep(11 * time.Minute)
-		release, _ := cache.Claim(chunks[1].ID)
-		time.AfterFunc(time.Second, func() {
-			cache.Put(context.Background(), chunks[1].ID, good[1])
+		release, _ := cache.Claim(chunks[last].ID)
+		time.AfterFunc(900*time.Millisecond, func() {
+			cache.Put(context.Background(), chunks[last].ID, good[last])
 			release()
 		})
 		before := store.gets.Load()
-		wantPlain(t, f, t.Context(), 1)
+		wantPlain(t, f, t.Context(), last)
 		if n := store.gets.Load() - before; n != 0 {
 			t.Errorf("got %d requests for what a neighbour was fetching, want none", n)
 		}

@@ -287,10 +287,12 @@ type sink struct {
 	abort    error         // emit's first error
 	began    time.Time     // set by fetch
 	apart    bool          // each chunk is asked for by itself, in this round
+	once     bool          // no chunk is asked for a second time because it is slow
 
 	turn   chan struct{} // holds one while somebody has it
 	landed chan struct{} // gets one when a want is done
 	held   *holding      // nil unless the Fetcher holds
+	own    *ownFetch     // nil unless the Fetcher has neighbours
 }
 
 func newSink(base []byte, emit func(*want, []byte) error, patience time.Duration) *sink {
@@ -326,6 +328,8 @@ func (f *Fetcher) fetch(ctx context.Context, wants []*want, k *sink) (abort, err
 	}
 	k.held = f.hold.begin()
 	defer func() { k.held.end(abort == nil && err == nil) }()
+	k.own = f.neighbours.waiting().begin()
+	defer f.neighbours.waiting().end(k.own)
 	var failed []error
 	for fruitless := 0; ; fruitless++ { // rounds through the stores since the last chunk
 		before := len(wants)
@@ -574,6 +578,7 @@ func (f *Fetcher) take(ctx context.Context, a *attempt, w *want, frame []byte, k
 	default:
 	}
 	k.held.progress()
+	f.neighbours.waiting().progress(k.own)
 	s.delivered(len(frame), len(plain)-len(k.base))
 	f.delivered(s, w, k.began)
 	if k.abort = k.emit(w, plain); k.abort != nil {

@@ -208,7 +208,7 @@ func (f *Fetcher) hedge(ctx context.Context, first *attempt, others []*source, w
 	if f.neighbours.met() {
 		free = hedgesShared
 	}
-	if len(open) == 0 || ctx.Err() != nil || !f.hedges.allow(len(open), free) {
+	if len(open) == 0 || ctx.Err() != nil || k.once || !f.hedges.allow(len(open), free) {
 		<-first.done
 		return nil
 	}
