@@ -151,7 +151,8 @@ together, and holds each byte for half a round trip. *python* imports numpy, req
 
 - *docker pull, run* is the source image, as ` + "`docker run`" + ` pulls it.
 - *stargz* is the same image as eStargz, optimized by running it (` + "`ctr-remote image optimize`" + `), mounted lazily by stargz-snapshotter with its defaults.
-- *bootfs, no start set* fetches what the program reads when it reads it; *bootfs* also what the converter took for the start set.
+- *bootfs, no start set* fetches what the program reads when it reads it; *bootfs* also what the converter took for the start set; *bootfs, recorded start set* is
+  the image that was converted with what an earlier start was seen to read (` + "`bootfs-convert profile`" + `), as stargz has its.
 - *limit* is the time in which no lazy start can be beaten: what must move over the bandwidth, and %d round trips, one after the other, and then the time that
   ` + "`docker run`" + ` of the source needs where it was pulled before. What must move are the boot image and the chunks that the program reads until then, as they are stored.
 - *MB* is what came over the line until the output; *× what is read* is that without the boot image, against the chunks that the program reads.
@@ -186,6 +187,7 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 			return w.overLine(ctx, speed, func() error { return w.runUntilUseful(ctx, ref(), flags) })
 		}
 	}
+	var recorded string
 	source, converted := func() string { return i.source }, func() string { return i.converted }
 	// read is how often a bootfs start fetches what it reads, beside the boot image.
 	read := func(measure func(context.Context) (Measured, error)) func(context.Context) (Measured, error) {
@@ -214,6 +216,9 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 			if touched, err = w.touchedBytes(ctx, i); err != nil {
 				return nil, err
 			}
+			if recorded, err = w.recorded(ctx, a, i); err != nil {
+				return nil, err
+			}
 			return func() error { return nil }, nil
 		},
 		Subjects: []Subject{
@@ -224,7 +229,11 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 				Measure: func(ctx context.Context) (Measured, error) { return w.startStargz(ctx, speed, a, i) },
 			},
 			{Name: "bootfs, no start set", Command: lazy + " --env BOOTFS_PREFETCH=none --network host REGISTRY/" + a.name + ":bootfs", Measure: read(docker(converted, none...))},
-			{Name: "bootfs", Command: lazy + " --network host REGISTRY/" + a.name + ":bootfs", Goals: goals, Measure: read(docker(converted, lazyFlags...))},
+			{Name: "bootfs", Command: lazy + " --network host REGISTRY/" + a.name + ":bootfs", Measure: read(docker(converted, lazyFlags...))},
+			{
+				Name: "bootfs, recorded start set", Command: lazy + " --network host REGISTRY/" + a.name + ":bootfs-recorded", Goals: goals,
+				Measure: read(docker(func() string { return recorded }, lazyFlags...)),
+			},
 			{
 				Name: "limit", Command: "docker pull REGISTRY/" + a.name + ":source; docker run --network host REGISTRY/" + a.name + ":source   # and what the line takes",
 				Measure: func(ctx context.Context) (Measured, error) {
@@ -236,6 +245,19 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 			},
 		},
 	}
+}
+
+// recorded converts an image with the start set that a start of it is seen to
+// read, and returns the address.
+func (w *World) recorded(ctx context.Context, a application, i *image) (string, error) {
+	file, ref := w.path(a.name+".start-set"), i.converted+"-recorded"
+	cmd := exec.CommandContext(ctx, w.convert, "profile", i.converted, "--output", file, "--until-log", useful, "--run-flag=--network=host")
+	cmd.Env = append(os.Environ(), w.docker.Env()...)
+	if _, err := output(cmd); err != nil {
+		return "", err
+	}
+	_, err := w.convertImage(ctx, "--base", "none", "--start-set", file, i.source, ref)
+	return ref, err
 }
 
 // overLine measures f with the line at a speed: its time, and the megabytes that
