@@ -281,7 +281,7 @@ func (fs *rootFS) readFile(ctx context.Context, n erofs.Inode, p []byte, off int
 		part := p[:min(int64(len(p)), length)]
 		if at < 0 {
 			clear(part)
-		} else if got, err := fs.image.ReadAt(ctx, part, at); err != nil {
+		} else if got, err := fs.readImage(ctx, part, at, at+length); err != nil {
 			return err
 		} else if got != len(part) {
 			return fmt.Errorf("image at %d: got %d bytes, want %d", at, got, len(part))
@@ -289,6 +289,15 @@ func (fs *rootFS) readFile(ctx context.Context, n erofs.Inode, p []byte, off int
 		p, off = p[len(part):], off+int64(len(part))
 	}
 	return nil
+}
+
+// readImage fills p with the bytes of the image from off, of a file that goes on
+// until end.
+func (fs *rootFS) readImage(ctx context.Context, p []byte, off, end int64) (int, error) {
+	if r, ok := fs.image.(FileReader); ok {
+		return r.ReadFile(ctx, p, off, end)
+	}
+	return fs.image.ReadAt(ctx, p, off)
 }
 
 // Lseek finds holes and data, for programs that copy sparse files.

@@ -58,6 +58,13 @@ type Image interface {
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 }
 
+// FileReader is implemented by images that fetch what follows in a file that is
+// read.
+type FileReader interface {
+	// ReadFile is ReadAt of a file whose bytes go on until end in the image.
+	ReadFile(ctx context.Context, p []byte, off, end int64) (int, error)
+}
+
 // Options of Serve.
 type Options struct {
 	Meta  []byte // the front region of the root image; must stay as it is until the server has stopped

@@ -18,6 +18,7 @@ import (
 	"github.com/container-bootfs/bootfs/internal/answer"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
 	"github.com/container-bootfs/bootfs/internal/erofs"
+	"github.com/container-bootfs/bootfs/internal/lazy"
 	"github.com/container-bootfs/bootfs/internal/reads"
 	"github.com/container-bootfs/bootfs/mount"
 )
@@ -76,7 +77,7 @@ func newRecorder(c *content, until recording) *recorder {
 }
 
 // around has the reads of image noted.
-func (r *recorder) around(image mount.Image) mount.Image {
+func (r *recorder) around(image *lazy.Image) mount.Image {
 	if r == nil {
 		return image
 	}
@@ -84,7 +85,7 @@ func (r *recorder) around(image mount.Image) mount.Image {
 }
 
 type notedImage struct {
-	mount.Image
+	*lazy.Image
 	noted *reads.Recorder
 }
 
@@ -92,6 +93,12 @@ type notedImage struct {
 func (i notedImage) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	i.noted.Note(off, len(p))
 	return i.Image.ReadAt(ctx, p, off)
+}
+
+// ReadFile implements mount.FileReader.
+func (i notedImage) ReadFile(ctx context.Context, p []byte, off, end int64) (int, error) {
+	i.noted.Note(off, len(p))
+	return i.Image.ReadFile(ctx, p, off, end)
 }
 
 // begin waits for the program to be ready, which begins now.

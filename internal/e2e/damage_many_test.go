@@ -735,8 +735,8 @@ type recorded struct {
 	log io.Writer
 }
 
-func (i *recorded) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	n, err := i.Image.ReadAt(ctx, p, off)
+func (i *recorded) ReadFile(ctx context.Context, p []byte, off, end int64) (int, error) {
+	n, err := i.Image.ReadFile(ctx, p, off, end)
 	if err != nil {
 		fmt.Fprintln(i.log, err)
 	}

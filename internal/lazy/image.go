@@ -3,7 +3,7 @@
 //
 // However many readers want a chunk, it is fetched once at a time. A reader
 // waits no longer than its context says, and a fetch lives only as long as
-// somebody waits for it. A failed fetch is told to those who waited and then
+// somebody waits for it, or a moment longer for what is fetched ahead. A failed fetch is told to those who waited and then
 // forgotten: the next read tries again.
 package lazy
 
@@ -58,6 +58,7 @@ type Image struct {
 	mu      sync.Mutex // guards what follows, and the fields of flight and group that say so
 	recent  recent
 	flights map[index.ID]*flight // chunks that are being fetched for somebody
+	streams map[int64]*stream    // by the end of the file in the image
 	readers int                  // calls of ReadAt that wait for a flight
 
 	count counters
@@ -67,7 +68,8 @@ type Image struct {
 type flight struct {
 	chunk  index.Chunk
 	group  *group
-	wanted bool          // by a reader, not only by Prefetch; guarded by Image.mu
+	wanted bool          // by a reader, now or soon, not only by Prefetch; guarded by Image.mu
+	ahead  *stream       // nil unless it was fetched ahead and no reader waits for it yet; guarded by Image.mu
 	done   chan struct{} // closed when landed
 
 	// Set before done is closed, never changed after.
@@ -105,6 +107,7 @@ func New(x *index.Index, f Fetcher, o Options) *Image {
 		patient: o.Patient,
 		recent:  recent{limit: o.Memory, byID: make(map[index.ID]*list.Element)},
 		flights: make(map[index.ID]*flight),
+		streams: make(map[int64]*stream),
 	}
 }
 
@@ -119,7 +122,13 @@ type piece struct {
 // ReadAt fills p with the image's bytes from off. Unlike an io.ReaderAt it
 // never reads short: it returns len(p), or 0 and an error.
 func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
-	n, err := m.readAt(ctx, p, off)
+	return m.ReadFile(ctx, p, off, 0)
+}
+
+// ReadFile is ReadAt of a file that goes on until end in the image: with a chunk
+// that a store has to deliver, some come that follow in the file.
+func (m *Image) ReadFile(ctx context.Context, p []byte, off, end int64) (int, error) {
+	n, err := m.readAt(ctx, p, off, end)
 	m.count.reads.Add(1)
 	if err != nil && !errors.Is(ctx.Err(), context.Canceled) { // who gave up was told nothing
 		m.count.failed.Add(1)
@@ -127,7 +136,7 @@ func (m *Image) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	return n, err
 }
 
-func (m *Image) readAt(ctx context.Context, p []byte, off int64) (int, error) {
+func (m *Image) readAt(ctx context.Context, p []byte, off, fileEnd int64) (int, error) {
 	if off < 0 || off > m.x.Size()-int64(len(p)) {
 		return 0, fmt.Errorf("read of %d bytes at %d: the image has %d", len(p), off, m.x.Size())
 	}
@@ -137,7 +146,8 @@ func (m *Image) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 	var few [8]piece
 	pieces := few[:0]
 	end := off + int64(len(p))
-	for i, at := m.x.Find(off), off; at < end; i++ {
+	first := m.x.Find(off)
+	for i, at := first, off; at < end; i++ {
 		c, err := m.x.At(i)
 		if err != nil {
 			return 0, fmt.Errorf("read of %d bytes at %d: %w", len(p), off, err)
@@ -152,7 +162,12 @@ func (m *Image) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 	}
 
 	for {
-		flights := m.board(ctx, pieces)
+		var s *stream
+		var more []index.Chunk
+		if at := pieces[len(pieces)-1].chunk; at.Offset+int64(at.Size) < fileEnd {
+			s, more = m.ahead(ctx, pieces, first, fileEnd)
+		}
+		flights := m.board(ctx, pieces, s, more)
 		if len(flights) == 0 {
 			break
 		}
@@ -190,7 +205,8 @@ func (m *Image) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 // board gives each piece its bytes, when they are in memory, or the flight
 // that brings them, and starts those that nobody else has started. If it
 // returns flights, the caller counts as a reader until it has waited for them.
-func (m *Image) board(ctx context.Context, pieces []piece) []*flight {
+// Those of more, which are ahead in s, travel with the first that it starts.
+func (m *Image) board(ctx context.Context, pieces []piece, s *stream, more []index.Chunk) []*flight {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var (
@@ -210,12 +226,12 @@ func (m *Image) board(ctx context.Context, pieces []piece) []*flight {
 			}
 			f = m.add(g, pc.chunk)
 		}
-		f.wanted = true
-		f.group.waiting++
+		f.join()
 		pc.flight = f
 		flights = append(flights, f)
 	}
 	if g != nil {
+		m.addAhead(g, s, more)
 		m.start(ctx, g)
 	}
 	if len(flights) > 0 {
@@ -299,7 +315,8 @@ func (f *flight) lateness(err error) error {
 // leave says that the caller no longer waits for flights. When the last one
 // leaves a group, it is given up: what has not landed is cancelled and out of
 // sight, so that a reader who comes now starts anew instead of being told of a
-// cancellation that was not its own.
+// cancellation that was not its own. If the last one has got what it waited for,
+// what travels with it has some more time.
 func (m *Image) leave(flights []*flight) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -308,11 +325,26 @@ func (m *Image) leave(flights []*flight) {
 		if g.waiting--; g.waiting > 0 {
 			continue
 		}
-		for _, f := range g.flights {
-			m.forget(f)
+		if f.landed() && f.err == nil && g.isAhead() {
+			time.AfterFunc(aheadTime, func() {
+				m.mu.Lock()
+				defer m.mu.Unlock()
+				if g.waiting == 0 {
+					m.giveUp(g)
+				}
+			})
+			continue
 		}
-		g.cancel()
+		m.giveUp(g)
 	}
+}
+
+// giveUp ends the fetch of g. m.mu is held.
+func (m *Image) giveUp(g *group) {
+	for _, f := range g.flights {
+		m.forget(f)
+	}
+	g.cancel()
 }
 
 // forget takes f off the flights that readers can join. m.mu is held.
@@ -325,6 +357,7 @@ func (m *Image) forget(f *flight) {
 // fetch brings the flights of g.
 func (m *Image) fetch(ctx context.Context, g *group) {
 	defer g.cancel()
+	var failed error
 	if len(g.flights) > 1 {
 		cs := make([]index.Chunk, len(g.flights))
 		for i, f := range g.flights {
@@ -340,11 +373,12 @@ func (m *Image) fetch(ctx context.Context, g *group) {
 			}
 			return
 		}
+		failed = err
 	}
 	// The error of a batch may be that of another chunk. What it has not brought
 	// is fetched one by one, so that each reader gets its own chunk's answer.
 	for _, f := range g.flights {
-		if f.landed() {
+		if f.landed() || m.abandon(f, failed) {
 			continue
 		}
 		plain, err := m.f.Fetch(ctx, f.chunk, make([]byte, 0, f.chunk.Size))
@@ -372,7 +406,7 @@ func (m *Image) land(ctx context.Context, f *flight, plain []byte, owned bool, e
 			plain = bytes.Clone(plain)
 		}
 		f.plain = plain
-		m.recent.put(f.chunk.ID, plain)
+		m.recent.put(f.chunk.ID, plain, f.ahead)
 	}
 	close(f.done)
 }

@@ -25,6 +25,8 @@ import (
 type fakeFetcher struct {
 	chunks map[index.ID][]byte
 	before func(ctx context.Context, c index.Chunk) error
+	// inOrder says that batches come in the order in which they were asked for.
+	inOrder bool
 
 	fetched atomic.Int64 // chunks delivered
 	single  atomic.Int64 // calls of Fetch
@@ -56,7 +58,11 @@ func (f *fakeFetcher) Fetch(ctx context.Context, c index.Chunk, dst []byte) ([]b
 
 func (f *fakeFetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield func(i int, plain []byte) error) error {
 	f.batches.Add(1)
-	for _, i := range rand.Perm(len(cs)) { // "in any order"
+	order := rand.Perm(len(cs)) // "in any order"
+	if f.inOrder {
+		slices.Sort(order)
+	}
+	for _, i := range order {
 		plain, err := f.get(ctx, cs[i])
 		if err != nil {
 			return err
@@ -457,7 +463,7 @@ func TestMemoryIsBounded(t *testing.T) {
 		}
 		sum := 0
 		for e := m.recent.order.Front(); e != nil; e = e.Next() {
-			sum += len(e.Value.(kept).plain)
+			sum += len(e.Value.(*kept).plain)
 		}
 		if sum != m.recent.size || sum > 1<<20 || len(m.recent.byID) != m.recent.order.Len() {
 			t.Fatalf("kept %d bytes, counted %d, %d names for %d", sum, m.recent.size, len(m.recent.byID), m.recent.order.Len())

@@ -18,7 +18,8 @@ type recent struct {
 
 type kept struct {
 	id    index.ID
-	plain []byte // never written to: readers copy from it without a lock
+	plain []byte  // never written to: readers copy from it without a lock
+	ahead *stream // nil unless it was fetched ahead and not read yet
 }
 
 func (r *recent) get(id index.ID) ([]byte, bool) {
@@ -27,18 +28,24 @@ func (r *recent) get(id index.ID) ([]byte, bool) {
 		return nil, false
 	}
 	r.order.MoveToFront(e)
-	return e.Value.(kept).plain, true
+	k := e.Value.(*kept)
+	if k.ahead != nil {
+		k.ahead.used += len(k.plain)
+		k.ahead = nil
+	}
+	return k.plain, true
 }
 
-func (r *recent) put(id index.ID, plain []byte) {
+// put keeps plain; ahead is the stream for which it was fetched before it was read.
+func (r *recent) put(id index.ID, plain []byte, ahead *stream) {
 	if _, ok := r.byID[id]; ok || len(plain) > r.limit {
 		return
 	}
 	for r.size+len(plain) > r.limit {
-		oldest := r.order.Remove(r.order.Back()).(kept)
+		oldest := r.order.Remove(r.order.Back()).(*kept)
 		delete(r.byID, oldest.id)
 		r.size -= len(oldest.plain)
 	}
-	r.byID[id] = r.order.PushFront(kept{id, plain})
+	r.byID[id] = r.order.PushFront(&kept{id, plain, ahead})
 	r.size += len(plain)
 }
