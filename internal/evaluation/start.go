@@ -4,10 +4,8 @@ import (
 	"bufio"
 	"context"
 	_ "embed"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"slices"
@@ -213,10 +211,7 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 			if i, err = w.application(ctx, a); err != nil {
 				return nil, err
 			}
-			if touched, err = w.touchedBytes(ctx, i); err != nil {
-				return nil, err
-			}
-			if recorded, err = w.recorded(ctx, a, i); err != nil {
+			if recorded, touched, err = w.recorded(ctx, a, i); err != nil {
 				return nil, err
 			}
 			return func() error { return nil }, nil
@@ -248,16 +243,17 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 }
 
 // recorded converts an image with the start set that a start of it is seen to
-// read, and returns the address.
-func (w *World) recorded(ctx context.Context, a application, i *image) (string, error) {
+// read, and returns its address and the stored bytes of that start set: of the
+// chunks that a start reads.
+func (w *World) recorded(ctx context.Context, a application, i *image) (string, int64, error) {
 	file, ref := w.path(a.name+".start-set"), i.converted+"-recorded"
 	cmd := exec.CommandContext(ctx, w.convert, "profile", i.converted, "--output", file, "--until-log", useful, "--run-flag=--network=host")
 	cmd.Env = append(os.Environ(), w.docker.Env()...)
 	if _, err := output(cmd); err != nil {
-		return "", err
+		return "", 0, err
 	}
-	_, err := w.convertImage(ctx, "--base", "none", "--start-set", file, i.source, ref)
-	return ref, err
+	report, err := w.convertImage(ctx, "--base", "none", "--start-set", file, i.source, ref)
+	return ref, report.StartBytes, err
 }
 
 // overLine measures f with the line at a speed: its time, and the megabytes that
@@ -369,32 +365,6 @@ func watchFile(ctx context.Context, path string, seen chan struct{}) {
 			return
 		}
 	}
-}
-
-// touchedBytes is how much of its stored chunks a start reads: what a container
-// that fetches nothing ahead has fetched when it is of use.
-func (w *World) touchedBytes(ctx context.Context, i *image) (int64, error) {
-	if err := w.emptyNode(ctx); err != nil {
-		return 0, err
-	}
-	name := "touched"
-	flags := append(slices.Clone(lazyFlags), "--env", "BOOTFS_PREFETCH=none", "--name", name)
-	if err := w.runUntilUseful(ctx, i.converted, flags); err != nil {
-		return 0, err
-	}
-	out, err := w.docker.Output(ctx, "exec", name, "/.bootfs/boot", "status", "--json")
-	if err != nil {
-		return 0, err
-	}
-	var status struct{ Stores []struct{ StoredBytes int64 } }
-	if err := json.NewDecoder(strings.NewReader(out)).Decode(&status); err != nil && !errors.Is(err, io.EOF) {
-		return 0, err
-	}
-	var sum int64
-	for _, s := range status.Stores {
-		sum += s.StoredBytes
-	}
-	return sum, w.removeContainers(ctx)
 }
 
 // stargzNode is a containerd with the stargz snapshotter, empty.
