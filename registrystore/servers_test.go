@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -21,6 +20,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // TestMain keeps the tests from the credentials of whoever runs them.
@@ -58,12 +58,9 @@ func dockerRegistry(t testing.TB) (addr, config string) {
 	config = filepath.Join(dir, "config.yml")
 	// Another process may take the free port before the registry does.
 	for range 5 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+		if addr, err = freeport.Address(); err != nil {
 			t.Fatal(err)
 		}
-		addr = l.Addr().String()
-		l.Close()
 		err = os.WriteFile(config, fmt.Appendf(nil, `version: 0.1
 log: {level: error, accesslog: {disabled: true}}
 storage:
@@ -83,7 +80,7 @@ http: {addr: %s}
 		ended := make(chan struct{})
 		go func() { cmd.Wait(); close(ended) }()
 		t.Cleanup(func() { cmd.Process.Kill(); <-ended })
-		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
 			if resp, err := http.Get("http://" + addr + "/v2/"); err == nil {
 				resp.Body.Close()
 				return addr, config

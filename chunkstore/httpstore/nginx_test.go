@@ -26,6 +26,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore/local"
 	"github.com/container-bootfs/bootfs/chunkstore/storetest"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // TestMain keeps the tests from a proxy that the environment names.
@@ -74,12 +75,9 @@ func startNginx(t testing.TB, replace ...string) *nginx {
 	}
 	// Another process may take the free port before nginx does.
 	for range 5 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+		if n.addr, err = freeport.Address(); err != nil {
 			t.Fatal(err)
 		}
-		n.addr = l.Addr().String()
-		l.Close()
 		site := strings.NewReplacer(append(slices.Clone(replace), // before the general ones
 			"listen 80;", "listen ADDR;",
 			"/srv/chunks", n.dir,
@@ -118,12 +116,12 @@ http {
 			cmd.Process.Signal(syscall.SIGTERM) // the master ends its workers
 			select {
 			case <-ended:
-			case <-time.After(10 * time.Second):
+			case <-time.After(2 * time.Minute):
 				t.Errorf("nginx did not end")
 				cmd.Process.Kill()
 			}
 		})
-		for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 			if c, err := net.Dial("tcp", n.addr); err == nil {
 				c.Close()
 				return n

@@ -23,6 +23,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // noCasync is a line of sshd's configuration with which commands are not found,
@@ -43,7 +44,7 @@ type server struct {
 // startServer starts an sshd with lines added to its configuration.
 func startServer(t testing.TB, lines ...string) *server {
 	t.Helper()
-	s := &server{t: t, dir: t.TempDir(), addr: freePort(t)}
+	s := &server{t: t, dir: t.TempDir(), addr: freeAddress(t)}
 	host, port, _ := net.SplitHostPort(s.addr)
 	s.key = filepath.Join(s.dir, "user_key")
 	user := writeKey(t, s.key, newKey(t, "ed25519"), "")
@@ -99,7 +100,7 @@ func (s *server) start() {
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		c, err := net.Dial("tcp", s.addr)
 		if err == nil {
 			c.Close()
@@ -160,14 +161,13 @@ func open(t testing.TB, address string, o Options) *Store {
 	return st
 }
 
-func freePort(t testing.TB) string {
+func freeAddress(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, err := freeport.Address()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return address
 }
 
 func newKey(t testing.TB, kind string) crypto.Signer {

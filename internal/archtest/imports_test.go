@@ -32,7 +32,7 @@ var levels = [][]string{
 // helpers serve building and testing; nothing of the product imports them.
 var helpers = []string{
 	"chunkstore/storetest", "internal/archtest", "internal/bootbin/gen", "internal/demo",
-	"internal/e2e", "internal/faultproxy", "internal/testenv", "internal/testenv/bounded", "internal/testenv/fsprobe", "internal/testenv/testapp", "internal/testenv/webapp", "samples/ci", "samples/kubernetes",
+	"internal/e2e", "internal/faultproxy", "internal/freeport", "internal/testenv", "internal/testenv/bounded", "internal/testenv/fsprobe", "internal/testenv/testapp", "internal/testenv/webapp", "samples/ci", "samples/kubernetes",
 }
 
 // barred are packages that one must not depend on, not even through others. A

@@ -5,6 +5,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 func TestRecording(t *testing.T) {
@@ -37,7 +39,7 @@ func TestListed(t *testing.T) {
 			t.Errorf("port %d: got %v, want %v", port, got, want)
 		}
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	l, err := freeport.Listen()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -147,12 +148,13 @@ func TestCacheKeeper(t *testing.T) {
 	if r := docker(t, "build", "--network=none", "--target=prebuilt", "--file=../../samples/cache/Dockerfile", "--tag=bootfs-cache", dir); r.code != 0 {
 		t.Fatalf("docker build: exit %d\n%s%s", r.code, r.stdout, r.stderr)
 	}
+	address := net.JoinHostPort("127.0.0.1", freePort(t))
 	keeper := startWith(t, []string{
 		"--network", w.hostNetwork, "--read-only", "--cap-drop", "ALL", "--cap-add", "DAC_OVERRIDE",
-		"--env", "BOOTFS_CACHE_SIZE=1MiB", "--env", "BOOTFS_METRICS=127.0.0.1:19464",
+		"--env", "BOOTFS_CACHE_SIZE=1MiB", "--env", "BOOTFS_METRICS=" + address,
 	}, "bootfs-cache", "--interval", "1s")
 	metric := func(name string) string {
-		r, err := http.Get("http://127.0.0.1:19464/metrics")
+		r, err := http.Get("http://" + address + "/metrics")
 		if err != nil {
 			return err.Error()
 		}

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/container-bootfs/bootfs/internal/freeport"
 	"github.com/container-bootfs/bootfs/internal/testenv"
 )
 
@@ -48,6 +49,7 @@ var realImageJobs = map[string]func(t *testing.T, s, source *subject) string{
 var inEveryTest = []string{"postgres", "nginx", "perl"}
 
 func TestRealImages(t *testing.T) {
+	t.Parallel()
 	names := inEveryTest
 	if os.Getenv("BOOTFS_IMAGES") == "all" {
 		names = testenv.RealImageNames
@@ -160,7 +162,7 @@ func postgresJob(t *testing.T, s, source *subject) string {
 	fmt.Fprintf(&seen, "tools → %d %s%s", r.code, r.stdout, r.stderr)
 
 	log := logsSince(t, id)
-	if r := docker(t, "restart", id); r.code != 0 {
+	if r := docker(t, "restart", "--time", "60", id); r.code != 0 {
 		t.Fatal(r.stderr)
 	}
 	healthy(t, id)
@@ -277,7 +279,7 @@ func redisJob(t *testing.T, s, source *subject) string {
 	eventually(t, "the file is written anew", func() bool {
 		return strings.Contains(ask(id, "INFO", "persistence"), "aof_rewrite_in_progress:0")
 	})
-	if r := docker(t, "restart", id); r.code != 0 {
+	if r := docker(t, "restart", "--time", "60", id); r.code != 0 {
 		t.Fatal(r.stderr)
 	}
 	eventually(t, "redis answers", func() bool { return strings.HasSuffix(ask(id, "PING"), "PONG\n") })
@@ -330,7 +332,7 @@ func serveAndStop(t *testing.T, s *subject, pages ...string) string {
 // stopped stops a container and returns what became of it.
 func stopped(t *testing.T, id string) string {
 	t.Helper()
-	if r := docker(t, "stop", "--time", "30", id); r.code != 0 {
+	if r := docker(t, "stop", "--time", "60", id); r.code != 0 {
 		t.Fatal(r.stderr)
 	}
 	return docker(t, "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}} {{.State.OOMKilled}}", id).stdout
@@ -391,12 +393,11 @@ func newVolume(t *testing.T) string {
 // freePort returns a TCP port of the host that nobody listens at now.
 func freePort(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	address, err := freeport.Address()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	_, port, err := net.SplitHostPort(l.Addr().String())
+	_, port, err := net.SplitHostPort(address)
 	if err != nil {
 		t.Fatal(err)
 	}

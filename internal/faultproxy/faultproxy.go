@@ -18,6 +18,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // Fault answers a request instead of the server, or with what pass, the way to
@@ -66,22 +68,20 @@ func New(upstream string) (*Proxy, error) {
 		ErrorHandler:  func(w http.ResponseWriter, _ *http.Request, _ error) { w.WriteHeader(http.StatusBadGateway) },
 	}
 	p.server = &http.Server{Handler: p, ConnState: p.track}
-	if err := p.listen("127.0.0.1:0"); err != nil {
+	l, err := freeport.Listen()
+	if err != nil {
 		return nil, err
 	}
-	p.addr = p.listener.Addr().String()
+	p.addr = l.Addr().String()
+	p.accept(l)
 	p.other = httptest.NewServer(http.HandlerFunc(p.serveOther))
 	return p, nil
 }
 
-func (p *Proxy) listen(addr string) error {
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		return err
-	}
+// accept serves who comes to l.
+func (p *Proxy) accept(l net.Listener) {
 	p.listener = l
 	go p.server.Serve(l)
-	return nil
 }
 
 func (p *Proxy) track(c net.Conn, s http.ConnState) {
@@ -127,7 +127,12 @@ func (p *Proxy) Refuse(refuse bool) error {
 		}
 		return p.listener.Close()
 	}
-	return p.listen(p.addr)
+	l, err := net.Listen("tcp", p.addr)
+	if err != nil {
+		return err
+	}
+	p.accept(l)
+	return nil
 }
 
 // Log returns the requests since the start or the last ClearLog.

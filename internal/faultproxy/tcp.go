@@ -4,6 +4,8 @@ import (
 	"net"
 	"sync"
 	"time"
+
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // TCP stands between clients and a server of any protocol, and misbehaves with
@@ -29,18 +31,17 @@ type TCP struct {
 // NewTCP starts a TCP in front of the server at upstream, "host:port".
 func NewTCP(upstream string) (*TCP, error) {
 	p := &TCP{upstream: upstream, conns: make(map[net.Conn]bool), closed: make(chan struct{})}
-	if err := p.listen("127.0.0.1:0"); err != nil {
+	l, err := freeport.Listen()
+	if err != nil {
 		return nil, err
 	}
-	p.addr = p.listener.Addr().String()
+	p.addr = l.Addr().String()
+	p.accept(l)
 	return p, nil
 }
 
-func (p *TCP) listen(addr string) error {
-	l, err := net.Listen("tcp", addr)
-	if err != nil {
-		return err
-	}
+// accept serves who comes to l.
+func (p *TCP) accept(l net.Listener) {
 	p.listener = l
 	go func() {
 		for {
@@ -51,7 +52,6 @@ func (p *TCP) listen(addr string) error {
 			go p.serve(in)
 		}
 	}()
-	return nil
 }
 
 // Addr returns the proxy's host:port.
@@ -79,11 +79,16 @@ func (p *TCP) cut() {
 func (p *TCP) Refuse(refuse bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if !refuse {
-		return p.listen(p.addr)
+	if refuse {
+		p.cut()
+		return p.listener.Close()
 	}
-	p.cut()
-	return p.listener.Close()
+	l, err := net.Listen("tcp", p.addr)
+	if err != nil {
+		return err
+	}
+	p.accept(l)
+	return nil
 }
 
 // Hold keeps back what either side sends, or lets it go on: nothing is lost, as

@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 )
 
 // Containerd is a containerd without Docker, used through ctr.
@@ -61,7 +60,7 @@ func startContainerd(ctx context.Context, dir, snapshotter string, command func(
 	if c.daemon, err = startDaemon("containerd", filepath.Join(dir, "containerd.log"), cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
-	if err := c.daemon.ready(ctx, 60*time.Second, func(ctx context.Context) error {
+	if err := c.daemon.ready(ctx, func(ctx context.Context) error {
 		_, err := c.Output(ctx, "version")
 		return err
 	}); err != nil {
@@ -95,4 +94,4 @@ func (c *Containerd) Output(ctx context.Context, args ...string) (string, error)
 
 // Close ends containerd and the containers. Mounts and processes go with their
 // namespaces; its directory may be removed after.
-func (c *Containerd) Close() error { return c.daemon.stop(10 * time.Second) }
+func (c *Containerd) Close() error { return c.daemon.stop() }

@@ -10,7 +10,6 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 )
 
 // Docker is a Docker engine.
@@ -108,7 +107,7 @@ func startDocker(ctx context.Context, dir string, command func(string, ...string
 	if d.daemon, err = startDaemon("dockerd", filepath.Join(dir, "dockerd.log"), cmd, syscall.SIGTERM); err != nil {
 		return nil, err
 	}
-	if err := d.daemon.ready(ctx, 60*time.Second, func(ctx context.Context) error {
+	if err := d.daemon.ready(ctx, func(ctx context.Context) error {
 		_, err := d.Output(ctx, "version")
 		return err
 	}); err != nil {
@@ -167,7 +166,7 @@ func (d *Docker) Close() error {
 	if d.daemon == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	var errs []error
 	// dockerd would give each container the shutdown timeout.
@@ -176,7 +175,7 @@ func (d *Docker) Close() error {
 			errs = append(errs, err)
 		}
 	}
-	errs = append(errs, d.daemon.stop(30*time.Second))
+	errs = append(errs, d.daemon.stop())
 	errs = append(errs, d.stopContainerd())
 
 	points, err := mountsBelow(d.dir)

@@ -10,7 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
-	"time"
+
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // Nginx is a web server: Debian's nginx.
@@ -41,7 +42,7 @@ func StartNginx(ctx context.Context, dir, site string, writers map[string]string
 	if err := os.WriteFile(filepath.Join(dir, "chunk-writers"), []byte(users.String()), 0o600); err != nil {
 		return nil, err
 	}
-	if n.Address, err = freeAddress(); err != nil {
+	if n.Address, err = freeport.Address(); err != nil {
 		return nil, err
 	}
 	site = strings.NewReplacer("listen 80;", "listen "+n.Address+";", "/srv/chunks", n.Root, "/etc/nginx/", dir+"/").Replace(site)
@@ -69,7 +70,7 @@ http {
 	if n.daemon, err = startDaemon("nginx", filepath.Join(dir, "output.log"), cmd, syscall.SIGTERM); err != nil {
 		return nil, err
 	}
-	if err := n.daemon.ready(ctx, 30*time.Second, func(context.Context) error {
+	if err := n.daemon.ready(ctx, func(context.Context) error {
 		c, err := net.Dial("tcp", n.Address)
 		if err == nil {
 			c.Close()
@@ -82,13 +83,4 @@ http {
 }
 
 // Close stops the server. Its files stay.
-func (n *Nginx) Close() error { return n.daemon.stop(10 * time.Second) }
-
-// freeAddress returns an address of the loopback that nobody listens at now.
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp4", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	return l.Addr().String(), l.Close()
-}
+func (n *Nginx) Close() error { return n.daemon.stop() }

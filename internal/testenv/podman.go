@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
-	"time"
 )
 
 // Podman is podman with images and containers of its own.
@@ -40,7 +39,7 @@ func StartPodman(ctx context.Context, dir string, rootless bool) (*Podman, error
 	if p.holder, err = startDaemon("the host of podman", filepath.Join(dir, "host.log"), cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
-	if err := p.holder.ready(ctx, 30*time.Second, func(context.Context) error {
+	if err := p.holder.ready(ctx, func(context.Context) error {
 		_, err := os.Stat(ready)
 		return err
 	}); err != nil {
@@ -109,7 +108,7 @@ func (p *Podman) Output(ctx context.Context, args ...string) (string, error) {
 // Close ends all that podman has started. Mounts and processes go with their
 // namespaces; its directory may be removed after.
 func (p *Podman) Close() error {
-	if err := p.holder.stop(10 * time.Second); err != nil {
+	if err := p.holder.stop(); err != nil {
 		return fmt.Errorf("podman: %w", err)
 	}
 	return nil

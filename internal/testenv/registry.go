@@ -13,10 +13,11 @@ import (
 	"path/filepath"
 	"regexp"
 	"syscall"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/registry"
 	"golang.org/x/crypto/bcrypt"
+
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // Registry is a real registry: distribution.
@@ -69,9 +70,10 @@ func startRegistry(ctx context.Context, program, dir, address, more string) (*Re
 	if err != nil {
 		return nil, err
 	}
-	listen := address
-	if listen == "" {
-		listen = "127.0.0.1:0"
+	if address == "" {
+		if address, err = freeport.Address(); err != nil {
+			return nil, err
+		}
 	}
 	config := filepath.Join(dir, "registry.yml")
 	text := fmt.Sprintf(`version: 0.1
@@ -81,7 +83,7 @@ storage:
   delete: {enabled: true}
   maintenance: {uploadpurging: {enabled: false}}
 http: {addr: %q}
-`, filepath.Join(dir, "data"), listen) + more
+`, filepath.Join(dir, "data"), address) + more
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return nil, err
 	}
@@ -96,7 +98,7 @@ http: {addr: %q}
 	if r.daemon, err = startDaemon(filepath.Base(program), log, cmd, syscall.SIGKILL); err != nil {
 		return nil, err
 	}
-	if err := r.daemon.ready(ctx, 30*time.Second, r.probe); err != nil {
+	if err := r.daemon.ready(ctx, r.probe); err != nil {
 		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
@@ -134,7 +136,7 @@ func (r *Registry) probe(ctx context.Context) error {
 func (r *Registry) Log() string { return r.daemon.tail() }
 
 // Close stops the registry. Its data stay.
-func (r *Registry) Close() error { return r.daemon.stop(10 * time.Second) }
+func (r *Registry) Close() error { return r.daemon.stop() }
 
 // GoRegistry is go-containerregistry's registry, within this process. It keeps
 // what it has in memory.

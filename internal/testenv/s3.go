@@ -4,13 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"syscall"
-	"time"
+
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // s3Server is the program that StartS3 runs. It is built once for each version
@@ -47,15 +47,12 @@ func StartS3(ctx context.Context, dir string) (*S3, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The port is free for everybody until the server has it, and is kept for
-	// its later starts.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, err := freeport.Address() // kept for its later starts
 	if err != nil {
 		return nil, err
 	}
-	l.Close()
 	s := &S3{
-		Address:   l.Addr().String(),
+		Address:   address,
 		Dir:       filepath.Join(dir, "buckets"),
 		AccessKey: "AKIABOOTFSTEST",
 		SecretKey: "the+secret/of=the test",
@@ -86,7 +83,7 @@ func (s *S3) Start(ctx context.Context) error {
 	if s.daemon, err = startDaemon("versitygw", filepath.Join(s.home, "s3.log"), cmd, syscall.SIGKILL); err != nil {
 		return err
 	}
-	if err := s.daemon.ready(ctx, 30*time.Second, s.probe); err != nil {
+	if err := s.daemon.ready(ctx, s.probe); err != nil {
 		return errors.Join(err, s.Close())
 	}
 	return nil

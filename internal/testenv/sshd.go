@@ -18,6 +18,8 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+
+	"github.com/container-bootfs/bootfs/internal/freeport"
 )
 
 // SSHD is a real SSH server: Debian's, with Debian's casync on its PATH. It and
@@ -67,14 +69,11 @@ func StartSSHD(ctx context.Context, dir string, o SSHDOptions) (*SSHD, error) {
 	if o.Config == "" {
 		o.Config = sshdConfig
 	}
-	// The port is free for everybody until the server has it, and is kept for
-	// its later starts.
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, err := freeport.Address() // kept for its later starts
 	if err != nil {
 		return nil, err
 	}
-	l.Close()
-	s := &SSHD{Address: l.Addr().String(), Key: filepath.Join(dir, "key"), Srv: filepath.Join(dir, "srv"), dir: dir, password: o.Password}
+	s := &SSHD{Address: address, Key: filepath.Join(dir, "key"), Srv: filepath.Join(dir, "srv"), dir: dir, password: o.Password}
 	for _, d := range []string{s.Srv, s.etc(), filepath.Join(dir, "work"), s.keys()} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, err
@@ -153,7 +152,7 @@ exec /usr/sbin/sshd -D -e -f "$dir/sshd_config" -o ListenAddress="$address" -o S
 	if s.daemon, err = startDaemon("sshd", filepath.Join(s.dir, "sshd.log"), cmd, syscall.SIGKILL); err != nil {
 		return err
 	}
-	if err := s.daemon.ready(ctx, 30*time.Second, s.greets); err != nil {
+	if err := s.daemon.ready(ctx, s.greets); err != nil {
 		return errors.Join(err, s.Close())
 	}
 	return nil
@@ -178,7 +177,7 @@ func (s *SSHD) Log() string { return s.daemon.tail() }
 func (s *SSHD) Close() error {
 	// A connection is served by a process of its own, which would go on.
 	connections := descendants(s.daemon.cmd.Process.Pid)
-	err := s.daemon.stop(10 * time.Second)
+	err := s.daemon.stop()
 	for _, pid := range connections {
 		syscall.Kill(pid, syscall.SIGKILL)
 	}

@@ -45,7 +45,7 @@ func TestSSHD(t *testing.T) {
 	}
 	login := func(user string, method ssh.AuthMethod) (*ssh.Client, error) {
 		return ssh.Dial("tcp", s.Address, &ssh.ClientConfig{
-			User: user, Auth: []ssh.AuthMethod{method}, HostKeyCallback: trusted(), Timeout: 10 * time.Second})
+			User: user, Auth: []ssh.AuthMethod{method}, HostKeyCallback: trusted(), Timeout: time.Minute})
 	}
 	for user, method := range map[string]ssh.AuthMethod{"root": ssh.Password(password), "alice": ssh.PublicKeys(key)} {
 		c, err := login(user, method)
@@ -83,7 +83,7 @@ func TestSSHD(t *testing.T) {
 	if len(running) < 2 {
 		t.Errorf("got processes %v for two connections", running)
 	}
-	for end := time.Now().Add(5 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); ; time.Sleep(10 * time.Millisecond) {
 		out := alive(running)
 		if len(out) == 0 {
 			break

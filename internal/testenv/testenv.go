@@ -71,9 +71,13 @@ func startDaemon(name, logPath string, cmd *exec.Cmd, onDeath syscall.Signal) (*
 	return d, nil
 }
 
+// patience is how long a server may take to start, or to end, on a machine that
+// has much else to do.
+const patience = 2 * time.Minute
+
 // ready polls check until it succeeds, the server ends or ctx does, at most for
 // patience.
-func (d *daemon) ready(ctx context.Context, patience time.Duration, check func(context.Context) error) error {
+func (d *daemon) ready(ctx context.Context, check func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	tick := time.NewTicker(50 * time.Millisecond)
@@ -94,8 +98,8 @@ func (d *daemon) ready(ctx context.Context, patience time.Duration, check func(c
 	}
 }
 
-// stop asks the server to end, and after grace makes it.
-func (d *daemon) stop(grace time.Duration) error {
+// stop asks the server to end, and makes it if that takes longer than patience.
+func (d *daemon) stop() error {
 	select {
 	case <-d.done:
 		if d.told {
@@ -108,11 +112,11 @@ func (d *daemon) stop(grace time.Duration) error {
 	select {
 	case <-d.done:
 		return nil
-	case <-time.After(grace):
+	case <-time.After(patience):
 	}
 	d.cmd.Process.Kill()
 	<-d.done
-	return fmt.Errorf("%s did not end within %v of SIGTERM and was killed\n%s", d.name, grace, d.tail())
+	return fmt.Errorf("%s did not end within %v of SIGTERM and was killed\n%s", d.name, patience, d.tail())
 }
 
 // tail returns the last lines of the log.
