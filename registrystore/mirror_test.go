@@ -98,7 +98,7 @@ func (im *image) chunks(t testing.TB, lo, hi int) []index.Chunk {
 
 func fetchAll(t testing.TB, f *chunkstore.Fetcher, cs []index.Chunk) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	n := 0
 	if err := f.FetchBatch(ctx, cs, func(int, []byte) error { n++; return nil }); err != nil || n != len(cs) {

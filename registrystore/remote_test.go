@@ -233,7 +233,7 @@ func TestFaults(t *testing.T) {
 				proxy.Set(tt.fault)
 				start := time.Now()
 				err := read[how]()
-				if took := time.Since(start); took > 10*time.Second {
+				if took := time.Since(start); took > 40*time.Second {
 					t.Errorf("%s: took %s", how, took)
 				}
 				checkFault(t, how, err, tt.want, tt.temporary)
@@ -335,7 +335,7 @@ func TestFetcherRidesOutFaults(t *testing.T) {
 			s := im.storeAt(t, "registry://"+proxy.Addr()+"/app", RemoteOptions{Stall: quick})
 			f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Digest: index.SHA256, Stores: []chunkstore.Store{s}})
 			defer f.Close()
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			var cs []index.Chunk
 			for pos := range im.index.Len() {
@@ -389,7 +389,7 @@ func TestCancel(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			if took := time.Since(start); took > 5*time.Second {
+			if took := time.Since(start); took > 40*time.Second {
 				t.Errorf("took %s", took)
 			}
 		})

@@ -14,6 +14,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1/layout"
@@ -184,16 +185,18 @@ func TestStoreLimits(t *testing.T) {
 	im := newImage(t, 100)
 	b := newPackBlobs(t, im)
 	b.delay = 10 * time.Millisecond
-	s := NewStore(b, im.locators, im.index)
-	var wg sync.WaitGroup
-	for _, id := range im.ids(t, 0, im.index.Len()) {
-		wg.Go(func() {
-			if _, err := s.Get(t.Context(), id, nil); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	wg.Wait()
+	synctest.Test(t, func(t *testing.T) {
+		s := NewStore(b, im.locators, im.index)
+		var wg sync.WaitGroup
+		for _, id := range im.ids(t, 0, im.index.Len()) {
+			wg.Go(func() {
+				if _, err := s.Get(t.Context(), id, nil); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+	})
 	if n := b.mostNow.Load(); n != parallelRequests {
 		t.Errorf("%d requests at once, want %d", n, parallelRequests)
 	}

@@ -332,7 +332,7 @@ func TestHostileServices(t *testing.T) {
 	for _, a := range []string{address, redirect} {
 		start := time.Now()
 		_, err := env{"AWS_CONTAINER_CREDENTIALS_FULL_URI": a}.sources().find(t.Context())
-		if err == nil || time.Since(start) > 5*time.Second {
+		if err == nil || time.Since(start) > time.Minute {
 			t.Errorf("%s: got %v in %s", a, err, time.Since(start))
 		}
 	}

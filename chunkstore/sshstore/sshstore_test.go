@@ -338,7 +338,7 @@ func TestSilence(t *testing.T) {
 			ids := fill(t, dir, 10)
 			o := server.options()
 			o.HostKeys = []string{strings.SplitN(server.hostKey, " ", 2)[1]}
-			o.Stall = time.Second
+			o.Stall = 3 * time.Second
 			st := server.openAt(scheme, p.addr, dir, o)
 			if _, err := st.Get(t.Context(), ids[0], nil); err != nil {
 				t.Fatal(err)
@@ -363,7 +363,7 @@ func TestSilence(t *testing.T) {
 			p.mu.Lock()
 			old := len(p.conns)
 			p.mu.Unlock()
-			ctx, cancel = context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel = context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			if _, err = st.Get(ctx, ids[2], nil); err != nil {
 				t.Errorf("after the silence: %v", err)
@@ -454,7 +454,7 @@ func TestFetcher(t *testing.T) {
 	ids := fill(t, dir, 100)
 	f := chunkstore.NewFetcher(chunkstore.FetcherOptions{Stores: []chunkstore.Store{server.open("ssh", dir)}})
 	defer f.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	var chunks []index.Chunk
 	for _, id := range ids {

@@ -256,7 +256,7 @@ func rootOf(t *testing.T, image string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	o, err := converted.Open(ctx, ref, converted.Options{})
 	if err != nil {
@@ -299,8 +299,8 @@ func TestRestarted(t *testing.T) {
 	}
 	select {
 	case <-first:
-	case <-time.After(time.Minute):
-		t.Error("no pack came in a minute")
+	case <-time.After(5 * time.Minute):
+		t.Error("no pack came in 5 min")
 	}
 	cmd.Process.Kill()
 	cmd.Wait()

@@ -80,14 +80,14 @@ func TestAgainstUmoci(t *testing.T) {
 			t.Errorf("mount: %v", err)
 		}
 	}()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	for {
 		if _, err := os.Stat(at("fuse/etc")); err == nil {
 			break
 		}
 		if ctx.Err() != nil {
-			t.Fatal("the mount is not there after 20 s")
+			t.Fatal("the mount is not there after 2 min")
 		}
 		time.Sleep(20 * time.Millisecond)
 	}

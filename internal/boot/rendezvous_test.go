@@ -46,7 +46,7 @@ func TestMeetingOutlivesAFlood(t *testing.T) {
 	}
 
 	m.ready(wordS3)
-	if err := unix.SetsockoptTimeval(follower, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 5}); err != nil {
+	if err := unix.SetsockoptTimeval(follower, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Sec: 120}); err != nil {
 		t.Fatal(err)
 	}
 	word := make([]byte, 1)

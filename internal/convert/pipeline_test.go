@@ -195,7 +195,7 @@ func TestPipelineErrors(t *testing.T) {
 		}, context.Canceled},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 			defer cancel()
 			if err := tt.run(ctx, cancel); !errors.Is(err, tt.want) {
 				t.Fatalf("got %v, want %v", err, tt.want)

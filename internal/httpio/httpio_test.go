@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -149,8 +150,7 @@ func TestWatch(t *testing.T) {
 		{"a drip", 1, limit / 50, 1000, ErrStalled},
 		{"slow but steady", MinProgress, limit / 10, 20, nil},
 	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
+		synctest.Test(t, func(t *testing.T) {
 			ctx, cancel := context.WithCancelCause(t.Context())
 			defer cancel(nil)
 			w := NewWatch(limit, cancel)
@@ -161,12 +161,12 @@ func TestWatch(t *testing.T) {
 			}
 			w.Stop()
 			if err != tt.want {
-				t.Errorf("got %v, want %v", err, tt.want)
+				t.Errorf("%s: got %v, want %v", tt.name, err, tt.want)
 			}
 		})
 	}
-	t.Run("a reader who takes his time", func(t *testing.T) {
-		t.Parallel()
+	// A reader who takes his time.
+	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancelCause(t.Context())
 		defer cancel(nil)
 		w := NewWatch(limit, cancel)

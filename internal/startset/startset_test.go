@@ -219,7 +219,7 @@ func TestHostileLists(t *testing.T) {
 	began := time.Now()
 	Files(tr, Program{Args: args, Env: []string{"PATH=" + strings.Repeat("/x:", 1<<20)}})
 	(&search{tree: tr, left: maxLookups}).loaderDirs()
-	if d := time.Since(began); d > 5*time.Second {
+	if d := time.Since(began); d > time.Minute {
 		t.Errorf("took %s", d)
 	}
 }
