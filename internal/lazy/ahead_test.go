@@ -13,12 +13,10 @@ import (
 	"github.com/container-bootfs/bootfs/index"
 )
 
-// callFetcher notes the chunks of each call, by position, and has some in its
-// cache.
+// callFetcher notes the chunks of each call, by position.
 type callFetcher struct {
-	*fakeFetcher
+	*cachingFetcher
 	at   map[index.ID]int
-	near map[index.ID]bool
 	fail error // of each batch
 
 	mu    sync.Mutex // guards calls
@@ -48,8 +46,6 @@ func (f *callFetcher) FetchBatch(ctx context.Context, cs []index.Chunk, yield fu
 	return f.fakeFetcher.FetchBatch(ctx, cs, yield)
 }
 
-func (f *callFetcher) Cached(_ context.Context, c index.Chunk) bool { return f.near[c.ID] }
-
 // aheadChunk is the size of the chunks of aheadImage.
 const aheadChunk = 64 << 10
 
@@ -60,7 +56,7 @@ func aheadImage(t *testing.T, n int) (*Image, *callFetcher, []byte) {
 		time.Sleep(time.Millisecond)
 		return ctx.Err()
 	}
-	f := &callFetcher{fakeFetcher: fake, at: make(map[index.ID]int), near: make(map[index.ID]bool)}
+	f := &callFetcher{cachingFetcher: &cachingFetcher{fake, make(map[index.ID]bool)}, at: make(map[index.ID]int)}
 	for i := range n {
 		c, err := x.At(i)
 		if err != nil {

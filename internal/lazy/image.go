@@ -68,7 +68,7 @@ type Image struct {
 type flight struct {
 	chunk  index.Chunk
 	group  *group
-	wanted bool          // by a reader, now or soon, not only by Prefetch; guarded by Image.mu
+	wanted bool          // by a reader, now or soon, as Prefetch's are not; guarded by Image.mu
 	ahead  *stream       // nil unless it was fetched ahead and no reader waits for it yet; guarded by Image.mu
 	done   chan struct{} // closed when landed
 

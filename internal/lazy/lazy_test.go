@@ -542,6 +542,14 @@ func TestPrefetchStart(t *testing.T) {
 		if got := f.fetched.Load(); got != 300 {
 			t.Errorf("got %d chunks fetched, want each of 300 once", got)
 		}
+		// Of those that came last nothing has to be decoded again, even though the
+		// cache has them.
+		if _, err := m.ReadAt(t.Context(), p, 298*50000); err != nil || !bytes.Equal(p, want[298*50000:299*50000]) {
+			t.Error("read differs", err)
+		}
+		if got := f.single.Load(); got != 1 || m.recent.size > DefaultMemory {
+			t.Errorf("got %d chunks fetched apart and %d bytes in memory, want the other one and at most %d", got, m.recent.size, DefaultMemory)
+		}
 		m.idle(t)
 	})
 }

@@ -42,18 +42,20 @@ type cached interface {
 // read ones, and readers go first. A chunk that cannot be had does not stop the
 // others; the first error is returned.
 func (m *Image) Prefetch(ctx context.Context, positions iter.Seq[int]) error {
-	return m.prefetch(ctx, positions, prefetchBatch, m.yield)
+	return m.prefetch(ctx, positions, prefetchBatch, m.yield, false)
 }
 
 // PrefetchStart fetches chunks that are about to be read, as Prefetch does, but
 // with as few requests as it takes and at once. Who reads one of them gets it as
-// soon as it has arrived.
+// soon as it has arrived. They are among the recently read ones, so that a program
+// that is not far behind them need not have them decoded and verified once more.
 func (m *Image) PrefetchStart(ctx context.Context, positions iter.Seq[int]) error {
-	return m.prefetch(ctx, positions, startBatch, func(context.Context) {})
+	return m.prefetch(ctx, positions, startBatch, func(context.Context) {}, true)
 }
 
-// prefetch asks for at most batch plain bytes at once, after yield.
-func (m *Image) prefetch(ctx context.Context, positions iter.Seq[int], batch int, yield func(context.Context)) error {
+// prefetch asks for at most batch plain bytes at once, after yield, and with keep
+// holds them in memory.
+func (m *Image) prefetch(ctx context.Context, positions iter.Seq[int], batch int, yield func(context.Context), keep bool) error {
 	var (
 		batches errgroup.Group
 		once    sync.Once
@@ -69,7 +71,7 @@ func (m *Image) prefetch(ctx context.Context, positions iter.Seq[int], batch int
 		cs, size = nil, 0
 		yield(ctx)
 		batches.Go(func() error {
-			if err := m.bring(ctx, these); err != nil {
+			if err := m.bring(ctx, these, keep); err != nil {
 				fail(err)
 			}
 			return nil
@@ -120,7 +122,7 @@ func (m *Image) yield(ctx context.Context) {
 
 // bring fetches those of cs that are not in memory nor on their way. It goes on
 // while the stores do not answer.
-func (m *Image) bring(ctx context.Context, cs []index.Chunk) error {
+func (m *Image) bring(ctx context.Context, cs []index.Chunk, keep bool) error {
 	var failed error
 	for len(cs) > 0 {
 		g := &group{}
@@ -129,7 +131,7 @@ func (m *Image) bring(ctx context.Context, cs []index.Chunk) error {
 			if _, ok := m.recent.byID[c.ID]; ok || m.flights[c.ID] != nil {
 				continue
 			}
-			m.add(g, c)
+			m.add(g, c).wanted = keep
 			g.waiting++
 		}
 		if len(g.flights) > 0 {
