@@ -65,13 +65,12 @@ func startOf(t *tree.Tree, plan *rootimage.Plan, meta *erofs.Reader, recorded []
 		if err != nil {
 			return out, nil, err
 		}
+		// One that does not fit leaves its room to the others.
 		for _, s := range spans {
-			if budget -= s.Size; budget >= 0 {
+			if s.Size <= budget {
+				budget -= s.Size
 				files = append(files, s)
 			}
-		}
-		if budget < 0 {
-			break
 		}
 	}
 	if len(recorded) > 0 {

@@ -3,7 +3,8 @@
 //
 // It follows what the kernel and the dynamic loader would: the program on
 // PATH, its "#!" interpreters, its ELF interpreter and the libraries that it
-// and they need. Nothing is executed, and a file that cannot be understood is
+// and they need; and, behind all that, the programs whose names stand in scripts
+// of a shell. Nothing is executed, and a file that cannot be understood is
 // taken as it is: a guess that misses costs a request at start, never an error.
 package startset
 
@@ -19,10 +20,11 @@ import (
 
 // Limits of the search. Real programs stay far below; hostile trees end here.
 const (
-	maxFiles   = 2000    // files in a start set
-	maxLookups = 200_000 // places that are looked at for them
-	maxWords   = 256     // words of a command line that are looked up
-	maxScript  = 5       // "#!" levels; the kernel allows as many
+	maxFiles   = 2000     // files in a start set
+	maxLookups = 200_000  // places that are looked at for them
+	maxWords   = 256      // words of a command line that are looked up
+	maxScript  = 5        // "#!" levels; the kernel allows as many
+	maxText    = 64 << 10 // bytes of a script that are looked at
 )
 
 // Program is what an image's configuration says about its process.
@@ -42,6 +44,10 @@ func Files(t *tree.Tree, p Program) []string {
 	}
 	s.libraryPath = strings.FieldsFunc(s.env("LD_LIBRARY_PATH"), func(r rune) bool { return r == ':' })
 	s.words(p.Args)
+	// What a script runs is a guess: it comes behind what is certain.
+	for i := 0; i < len(s.scripts); i++ {
+		s.commands(s.scripts[i])
+	}
 	return s.files
 }
 
@@ -51,7 +57,8 @@ type search struct {
 	program Program
 	files   []string
 	seen    map[string]bool
-	left    int // of maxLookups
+	left    int           // of maxLookups
+	scripts []*tree.Inode // of shells, among files
 
 	path        string   // as PATH has it
 	libraryPath []string // directories of LD_LIBRARY_PATH
@@ -65,13 +72,44 @@ type search struct {
 func (s *search) words(args []string) {
 	for i, a := range args[:min(len(args), maxWords)] {
 		if i > 1 && strings.HasPrefix(args[i-1], "-") && strings.HasSuffix(args[i-1], "c") && slices.ContainsFunc(args[:i-1], isShell) {
-			line := strings.FieldsFunc(a, func(r rune) bool { return strings.ContainsRune(" \t\n;|&()<>\"'`", r) })
+			line := strings.FieldsFunc(a, betweenWords)
 			for _, w := range line[:min(len(line), maxWords)] {
 				s.word(w)
 			}
 			continue
 		}
 		s.word(a)
+	}
+}
+
+// betweenWords reports whether r separates words in a shell's language.
+func betweenWords(r rune) bool { return strings.ContainsRune(" \t\n;|&()<>\"'`", r) }
+
+// commands adds the programs that a script of a shell names.
+func (s *search) commands(n *tree.Inode) {
+	text := make([]byte, min(n.Size, maxText))
+	k, _ := n.ReadAt(text, 0)
+	known := make(map[string]bool)
+	for line := range strings.Lines(string(text[:k])) {
+		for _, w := range strings.FieldsFunc(line, betweenWords) {
+			if strings.HasPrefix(w, "#") {
+				break // the rest is a comment
+			}
+			if known[w] {
+				continue
+			}
+			known[w] = true
+			p, ok := w, path.IsAbs(w)
+			if !ok && !strings.Contains(w, "/") {
+				p, ok = s.lookPath(w)
+			}
+			if !ok {
+				continue
+			}
+			if _, n := s.regular(path.Clean(p)); n != nil && n.Mode&0o111 != 0 {
+				s.exec(path.Clean(p), 0)
+			}
+		}
 	}
 }
 
@@ -160,7 +198,11 @@ func (s *search) exec(p string, depth int) {
 	head = head[:k]
 	if line, ok := bytes.CutPrefix(head, []byte("#!")); ok && depth < maxScript {
 		line, _, _ = bytes.Cut(line, []byte("\n"))
-		s.interpreter(strings.Fields(string(line)), depth)
+		words := strings.Fields(string(line))
+		if slices.ContainsFunc(words[:min(len(words), 2)], isShell) { // or by env
+			s.scripts = append(s.scripts, n)
+		}
+		s.interpreter(words, depth)
 		return
 	}
 	s.object(p, n)

@@ -164,6 +164,8 @@ func TestFiles(t *testing.T) {
 		"/usr/bin/dash":               "shell",
 		"/usr/local/bin/entry.sh":     "#!/bin/sh -e\nexec \"$@\"\n",
 		"/usr/local/bin/tool":         "#!/usr/bin/env -S LANG=C python3 -u\n",
+		"/usr/local/bin/run":          "#!/usr/bin/env sh\nset -e # then python3\n/usr/bin/env; cd /app/data || exit\nrun && nginx -c \"/app/main.py\"\n",
+		"/app/data":                   "→ /etc",
 		"/usr/sbin/nginx":             "server",
 		"/app/main.py":                "print()",
 		"/app/loop":                   "#!/app/loop\n",
@@ -181,6 +183,9 @@ func TestFiles(t *testing.T) {
 		{"another PATH", Program{Args: []string{"python3"}, Env: []string{"PATH=/opt/bin:/usr/bin"}}, []string{"/opt/bin/python3"}},
 		{"PATH twice, the last counts", Program{Args: []string{"python3"}, Env: []string{"PATH=/opt/bin", "PATH=/usr/bin"}}, []string{"/usr/bin/python3.11"}},
 		{"directory link", Program{Args: []string{"/bin/python3"}}, []string{"/usr/bin/python3.11"}},
+		{"what a script of a shell runs", Program{Args: []string{"run", "main.py"}, WorkingDir: "/app"}, []string{
+			"/usr/local/bin/run", "/usr/bin/env", "/usr/bin/dash", "/app/main.py", "/usr/sbin/nginx",
+		}},
 		{"script in the working directory", Program{Args: []string{"python3", "main.py"}, WorkingDir: "/app"}, []string{"/usr/bin/python3.11", "/app/main.py"}},
 		{"entry point that runs its arguments", Program{Args: []string{"entry.sh", "nginx", "-g", "daemon off;"}},
 			[]string{"/usr/local/bin/entry.sh", "/usr/bin/dash", "/usr/sbin/nginx"}},
