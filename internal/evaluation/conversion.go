@@ -84,7 +84,7 @@ func conversionRows(w *World) []Row {
 				}
 				base = "oci:" + dir + "/out"
 			}
-			cmd := exec.CommandContext(ctx, w.convert, "--boot", w.boot, "-q", "--base", base, source(), "oci:"+dir+"/out")
+			cmd := exec.CommandContext(ctx, w.convert, "-q", "--base", base, source(), "oci:"+dir+"/out")
 			m, err := timed(func() error { _, err := output(cmd); return err })
 			if err == nil {
 				m.Also = map[string]float64{"MiB resident": float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss) / 1024}
@@ -118,7 +118,7 @@ func conversionRows(w *World) []Row {
 				{Name: "cat", Command: "cat LAYERS.tar >DIR/out", Measure: run(`cat "$2" >"$1/out"`, func() []string { return []string{src.plain} })},
 				{Name: "bootfs", Command: "bootfs-convert docker-archive:SOURCE.tar oci:DIR/out   # where it was converted to before", Measure: func(ctx context.Context) (Measured, error) {
 					m, err := convert(archive, func(ctx context.Context) error {
-						_, err := output(exec.CommandContext(ctx, w.convert, "--boot", w.boot, "-q", "--base", "none", archive(), "oci:"+dir+"/out"))
+						_, err := output(exec.CommandContext(ctx, w.convert, "-q", "--base", "none", archive(), "oci:"+dir+"/out"))
 						return err
 					})(ctx)
 					if info, statErr := os.Stat(src.plain); statErr == nil && err == nil {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
@@ -45,14 +46,21 @@ func newWorld(ctx context.Context, root string) (*World, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &World{dir: dir, root: root, cache: cache, images: map[string]*image{}, convert: filepath.Join(dir, "bootfs-convert"), boot: filepath.Join(dir, "bootfs-boot")}
+	w := &World{
+		dir: dir, root: root, cache: cache, images: map[string]*image{}, convert: filepath.Join(dir, "bootfs-convert"),
+		boot: filepath.Join(root, "bin", "boot-"+runtime.GOOS+"-"+runtime.GOARCH),
+	}
 	if w.self, err = os.Executable(); err != nil {
 		return nil, err
 	}
-	for out, pkg := range map[string]string{w.convert: "./cmd/bootfs-convert", w.boot: "./cmd/bootfs-boot"} {
-		if err := build(ctx, root, out, pkg); err != nil {
-			return nil, errors.Join(err, w.Close())
-		}
+	// As make build does it: the converter has the boot binary in it, compressed.
+	boot := exec.CommandContext(ctx, "go", "run", "./internal/bootbin/gen", runtime.GOOS+"/"+runtime.GOARCH)
+	boot.Dir = root
+	if _, err := output(boot); err != nil {
+		return nil, errors.Join(err, w.Close())
+	}
+	if err := build(ctx, root, w.convert, "./cmd/bootfs-convert"); err != nil {
+		return nil, errors.Join(err, w.Close())
 	}
 	return w, nil
 }
@@ -153,7 +161,7 @@ func (w *World) convertImage(ctx context.Context, args ...string) (conversion, e
 			Distinct int `json:"distinctChunks"`
 		}
 	}
-	out, err := output(exec.CommandContext(ctx, w.convert, append([]string{"--boot", w.boot, "-q", "--json"}, args...)...))
+	out, err := output(exec.CommandContext(ctx, w.convert, append([]string{"-q", "--json"}, args...)...))
 	if err != nil {
 		return conversion{}, err
 	}
