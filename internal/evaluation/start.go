@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -427,6 +428,7 @@ func (w *World) startStargz(ctx context.Context, speed faultproxy.Speed, a appli
 	}
 	defer func() { err = errors.Join(err, c.Close(), os.RemoveAll(dir)) }()
 	log := dir + "/log"
+	container := filepath.Base(dir) // all containerds of a machine keep their containers' state in one place
 	if err := shell(ctx, `mkfifo "$1"; chmod 666 "$1"`, log); err != nil {
 		return m, err
 	}
@@ -434,6 +436,6 @@ func (w *World) startStargz(ctx context.Context, speed faultproxy.Speed, a appli
 		if _, err := output(c.Inside(ctx, "ctr-remote", "image", "rpull", "--plain-http", i.estargz)); err != nil {
 			return err
 		}
-		return untilUseful(ctx, c.Command(ctx, "run", "--net-host", "--snapshotter", "stargz", "--log-uri", "file://"+log, i.estargz, "c"), log)
+		return untilUseful(ctx, c.Command(ctx, "run", "--net-host", "--snapshotter", "stargz", "--log-uri", "file://"+log, i.estargz, container), log)
 	})
 }
