@@ -107,9 +107,10 @@ func TestFaultsInContainers(t *testing.T) {
 			if r := docker(t, cat...); r.code != 1 || r.stdout != "" || !strings.Contains(r.stderr, "input/output error") {
 				t.Errorf("%s: exit %d, %d bytes, stderr %q; want exit 1 and EIO", c.name, r.code, len(r.stdout), r.stderr)
 			}
-			if log := docker(t, "logs", id).stderr; !strings.Contains(log, c.says) || !strings.Contains(log, "path=/data") {
-				t.Errorf("%s: the log does not say why, and of what:\n%s", c.name, log)
-			}
+			eventually(t, c.name+": the log says why, and of what", func() bool {
+				log := docker(t, "logs", id).stderr
+				return strings.Contains(log, c.says) && strings.Contains(log, "path=/data")
+			})
 		}
 		proxy.Set(nil)
 		if r := docker(t, cat...); r.code != 0 || r.stdout != string(data) {

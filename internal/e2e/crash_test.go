@@ -77,7 +77,7 @@ func TestBootKilled(t *testing.T) {
 		if r := <-started; r.code != 0 {
 			t.Errorf("%s: docker start: %+v", what, r)
 		}
-		within(t, time.Minute, what+": the container ends", func() bool {
+		eventually(t, what+": the container ends", func() bool {
 			return docker(t, "inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", id).stdout == "exited 137\n"
 		})
 		if left := processesOf(t, id, "cgroup"); len(left) > 0 {
@@ -150,17 +150,35 @@ func emptyDir(t *testing.T, dir string) {
 }
 
 // bootOf waits for the first process of container id to be boot and returns its
-// process id.
+// process id, which is the program's where that has taken boot's place already, or 0
+// if the container has ended.
 func bootOf(t *testing.T, id string) int {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+	var started result // of a container that runs, or has run
+	deadline := time.Now().Add(2 * time.Minute)
+	for n := 1; time.Now().Before(deadline); n++ {
+		late := n%500 == 0
 		for _, pid := range processesOf(t, id, "cgroup") {
-			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err == nil && exe == "/.bootfs/boot" {
+			exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid))
+			if err == nil && exe == "/.bootfs/boot" {
 				return pid
 			}
+			late = late || err == nil && !strings.Contains(exe, "runc")
+		}
+		if !late {
+			time.Sleep(time.Millisecond)
+			continue
+		}
+		started = docker(t, "inspect", "--format", "{{.State.Status}} {{.State.Pid}}", id)
+		if status, pid, _ := strings.Cut(strings.TrimSpace(started.stdout), " "); status == "running" || status == "exited" {
+			n, err := strconv.Atoi(pid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
 		}
 	}
-	t.Fatalf("container %s has no process called boot", id)
+	t.Fatalf("container %s has no process called boot: %+v", id, started)
 	return 0
 }
 

@@ -43,7 +43,7 @@ type engineSubject struct {
 // call runs the engine's client.
 func (e *otherEngine) call(t *testing.T, args ...string) result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := e.command(ctx, args...)
 	var stdout, stderr bytes.Buffer
@@ -253,7 +253,8 @@ var engineRows = []engineRow{
 	{what: "exit status", do: func(t *testing.T, s *engineSubject) string {
 		var b strings.Builder
 		for _, script := range []string{"exit 0", "exit 7", "exit 255", "exec /no/such/program", "exec /opt/tools/text", "sh -c 'kill -9 $$'"} {
-			fmt.Fprintln(&b, script, s.run(t, nil, "sh", "-c", script).code)
+			// What says nothing is waited for: see outputWait.
+			fmt.Fprintln(&b, script, s.run(t, nil, "sh", "-c", "echo; "+script).code)
 		}
 		return b.String()
 	}},
@@ -267,9 +268,11 @@ var engineRows = []engineRow{
 		return r.String()
 	}},
 	{what: "SIGTERM to a program with a handler", do: func(t *testing.T, s *engineSubject) string {
-		return s.ended(t, "TERM", "trap 'echo ending; exit 9' TERM; echo up; while :; do sleep 0.1; done")
+		return s.ended(t, "TERM", "trap 'echo ending; exit 9' TERM; touch /up/up; echo up; while :; do sleep 0.1; done")
 	}},
-	{what: "SIGKILL", do: func(t *testing.T, s *engineSubject) string { return s.ended(t, "KILL", "echo up; exec sleep 600") }},
+	{what: "SIGKILL", do: func(t *testing.T, s *engineSubject) string {
+		return s.ended(t, "KILL", "touch /up/up; echo up; exec sleep 600")
+	}},
 	{what: "`restart` keeps what was written", without: []string{plainCtr}, do: func(t *testing.T, s *engineSubject) string {
 		c := s.start(t, nil, "sh", "-c", "echo started >> /home/count; exec sleep 600")
 		for n := range 2 {
@@ -322,14 +325,14 @@ var engineRows = []engineRow{
 	{what: "the same with `-e BOOTFS_KEEP_SYS_ADMIN=1`", without: []string{remapped, plainCtr}, do: in("unshare -U true 2>/dev/null && echo made", "--env", "BOOTFS_KEEP_SYS_ADMIN=1")},
 }
 
-// ended runs a script, which says up, sends it a signal and returns what it
+// ended runs a script, which makes /up/up when it is up, sends it a signal and returns what it
 // has said and its exit status.
 func (s *engineSubject) ended(t *testing.T, signal, script string) string {
 	t.Helper()
 	dir := openDir(t)
 	done := make(chan result, 1)
 	go func() {
-		done <- s.run(t, []string{"--volume", dir + ":/up"}, "sh", "-c", "touch /up/up; "+script)
+		done <- s.run(t, []string{"--volume", dir + ":/up"}, "sh", "-c", script)
 	}()
 	eventually(t, "the program is up", func() bool {
 		_, err := os.Stat(filepath.Join(dir, "up"))
@@ -342,6 +345,7 @@ func (s *engineSubject) ended(t *testing.T, signal, script string) string {
 // TestOtherEngines runs the source and the converted image in engines other
 // than an ordinary dockerd and compares what a user sees.
 func TestOtherEngines(t *testing.T) {
+	t.Parallel()
 	var running sync.WaitGroup
 	for _, name := range engineNames {
 		running.Go(func() { t.Run(name, func(t *testing.T) { compareIn(t, startEngine(t, name)) }) })

@@ -121,7 +121,7 @@ var commandLineRows = slices.Concat(
 		{inSoak: true, what: "`--add-host`", do: shown(`grep db /etc/hosts`, "--add-host", "db:192.0.2.1", "--add-host", "db6:2001:db8::1")},
 		{inSoak: true, what: "`--dns`, `--dns-search`, `--dns-option`", do: shown(`cat /etc/resolv.conf`, "--dns", "192.0.2.53", "--dns-search", "example.org", "--dns-option", "ndots:3")},
 		{what: "`--init`", do: each(
-			shown(`cat /proc/1/comm; sh -c 'sleep 0.1 &' ; sleep 0.5; ps -o stat,comm | grep -c '^Z'`, "--init"),
+			shown(`cat /proc/1/comm; mkfifo /tmp/end; sh -c 'cat /tmp/end &'; echo >/tmp/end; while ps -o stat,comm | grep -qE '^Z| cat$'; do :; done; echo reaped`, "--init"),
 			ran("--init", "IMAGE", "sh", "-c", "exit 9"), ran("--init", "--user", "app", "--entrypoint", "/opt/tools/script", "IMAGE", "x"))},
 		{what: "`--init`: the arguments of PID 1", do: shown(`tr '\0' ' ' </proc/1/cmdline`, "--init"), differs: map[string]string{
 			"fill": "`/.bootfs/boot` stands among them",
@@ -474,17 +474,14 @@ func mounted(t *testing.T, s *subject) string {
 		`cat /mnt/bound/file /etc/os-release; touch /mnt/bound/x; echo x > /srv/volume/x && ls /srv/volume; grep -E ' /(mnt|srv|etc/os)' /proc/mounts | cut -d' ' -f2 | sort`).String()
 }
 
-// cutOff runs without a network from chunks that an earlier run left in a
-// directory, mounted at the path at.
+// cutOff runs without a network from the chunks in a directory, mounted at the
+// path at.
 func cutOff(at string, flags ...string) func(*testing.T, *subject) string {
 	return func(t *testing.T, s *subject) string {
 		args := []string{"--network", "none"}
 		if s.converted() {
 			chunks := directory(t)
-			r := s.run(t, "--volume", chunks+":/.bootfs/rootfs.castr", "--env", "BOOTFS_PREFETCH=all", s.image, "sh", "-c", "cat $(find / -xdev -type f) >/dev/null")
-			if r.code != 0 {
-				t.Fatal(r)
-			}
+			preloadTo(t, s.image, chunks)
 			args = slices.Concat(args, flags, []string{"--volume", chunks + ":" + at})
 		}
 		return s.run(t, append(args, s.image, "sh", "-c", "cat $(find /opt /bin /etc/passwd -type f | sort) | sha256sum; ip link | grep -c UP")...).String()
@@ -492,7 +489,7 @@ func cutOff(at string, flags ...string) func(*testing.T, *subject) string {
 }
 
 func crowd(t *testing.T, s *subject) string {
-	return s.run(t, "--pids-limit", "40", s.image, "sh", "-c", `n=0; while sleep 5 & do n=$((n+1)); echo $n; done 2>/dev/null`).stdout
+	return s.run(t, "--pids-limit", "40", s.image, "sh", "-c", `n=0; while sleep 600 & do n=$((n+1)); echo $n; done 2>/dev/null`).stdout
 }
 
 func ownProfile(t *testing.T, s *subject) string {
@@ -516,7 +513,14 @@ func sharedIPC(t *testing.T, s *subject) string {
 
 func sharedPID(t *testing.T, s *subject) string {
 	id := s.start(t, s.image, "sleep", "654")
-	eventually(t, "the first container runs", func() bool { return docker(t, "exec", id, "true").code == 0 })
+	eventually(t, "the first container's program runs", func() bool {
+		for line := range strings.Lines(docker(t, "top", id, "-o", "pid,args").stdout) {
+			if slices.Equal(strings.Fields(line)[1:], []string{"sleep", "654"}) {
+				return true
+			}
+		}
+		return false
+	})
 	return s.run(t, "--pid", "container:"+id, s.image, "sh", "-c", "ps -o args | grep -c '^sleep 654'").String()
 }
 

@@ -39,8 +39,8 @@ var lifeRows = []row{
 	{what: "`docker start -ai` with input", do: attached},
 	{what: "`docker logs`, `-t`, `--tail`", do: logs},
 	{what: "`docker logs` of a terminal", do: logsOfTerminal},
-	{what: "orphans belong to the program", do: ran("IMAGE", "sh", "-c", `(sleep 5 & ); sleep 0.3; for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = sleep ] && grep PPid $p/status; done; true`)},
-	{what: "`--init` reaps orphans", do: ran("--init", "IMAGE", "sh", "-c", `for i in $(seq 200); do (true & ); done; sleep 1; grep -l '^State:.Z' /proc/[0-9]*/status; true`)},
+	{what: "orphans belong to the program", do: ran("IMAGE", "sh", "-c", `(sleep 600 & ); until grep PPid $(grep -lx sleep /proc/[0-9]*/comm 2>/dev/null | sed s/comm/status/) </dev/null; do sleep 0; done`)},
+	{what: "`--init` reaps orphans", do: ran("--init", "IMAGE", "sh", "-c", `for i in $(seq 200); do (true & ); done; for i in $(seq 600); do grep -q '^State:.Z' /proc/[0-9]*/status || exit 0; sleep 0.1; done; echo they stay`)},
 	{what: "`-m 64m`, a program that needs more", do: outOfMemory("exec tail /dev/zero")},
 	{what: "`-m 64m`, a child that needs more", do: outOfMemory("tail /dev/zero; echo $?")},
 	{what: "`oom_score_adj` of the program", do: ran("-m", "512m", "IMAGE", "cat", "/proc/self/oom_score_adj"),
@@ -52,7 +52,7 @@ var lifeRows = []row{
 	{what: "`docker exec -u` with a user that the program has added", do: execdAsAdded,
 		differs: map[string]string{"fuse": "the engine looks the name up in the image: use the numbers, `-u UID:GID`"}},
 	{what: "`docker exec -u UID:GID` with a user that the program has added", do: execdAsNumber},
-	{what: "`docker exec ID ps`", do: inside([]string{"sh", "-c", "echo >/srv/made; exec sleep 600"}, `while [ ! -e /srv/made ]; do sleep 0.1; done; sleep 1; ps -o pid,comm | grep -vE 'ps|grep|COMMAND|sh$|exe$'`),
+	{what: "`docker exec ID ps`", do: inside([]string{"sleep", "600"}, `until ps -o args | grep -q '^sleep 600'; do sleep 0.1; done; ps -o pid,comm | grep -vE 'ps|grep|COMMAND|sh$|exe$'`),
 		differs: map[string]string{"fuse": "shows boot as PID 1 and the program as its child, which has PID 1 in its own view. A signal to PID 1 reaches the program"}},
 	{what: "`docker exec ID kill -TERM 1`", do: killedFromExec},
 	{what: "`docker top`", do: top,
@@ -158,9 +158,8 @@ while true; do read -t 1 x <>/tmp/never; done`
 }
 
 func unhandled(t *testing.T, s *subject) string {
-	id := s.start(t, s.image, "sleep", "600")
-	eventually(t, "the program is up", func() bool { return strings.Contains(docker(t, "top", id).stdout, " sleep 600") })
-	docker(t, "exec", id, "true").want(t, "")
+	id := s.start(t, s.image, "sh", "-c", "echo up; exec sleep 600")
+	says(t, id, "up\n")
 	for _, n := range []string{"HUP", "INT", "QUIT", "USR1", "USR2", "ALRM", "TERM", "TSTP", "TTIN", "IO", "RTMIN+5"} {
 		docker(t, "kill", "--signal", n, id)
 	}
@@ -173,13 +172,18 @@ func stoppedBySignal(t *testing.T, s *subject) string {
 	id := s.start(t, s.image, "sh", "-c", "mkfifo /tmp/never; while true; do echo tick; read -t 1 x <>/tmp/never; done")
 	says(t, id, "tick\n")
 	docker(t, "kill", "--signal", "STOP", id)
-	time.Sleep(500 * time.Millisecond)
-	before := len(docker(t, "logs", id).stdout)
-	time.Sleep(3 * time.Second)
-	after := len(docker(t, "logs", id).stdout)
+	ticks := func() int { return strings.Count(docker(t, "logs", id).stdout, "tick\n") }
+	// What the program said before may come to the log after.
+	first, last, still := ticks(), ticks(), time.Now()
+	for last < first+5 && time.Since(still) < 5*time.Second {
+		time.Sleep(100 * time.Millisecond)
+		if n := ticks(); n > last {
+			last, still = n, time.Now()
+		}
+	}
 	docker(t, "kill", "--signal", "CONT", id)
-	eventually(t, "the program goes on", func() bool { return len(docker(t, "logs", id).stdout) > after })
-	return fmt.Sprintf("stood still: %v\n", before == after)
+	eventually(t, "the program goes on", func() bool { return ticks() > last })
+	return fmt.Sprintf("stood still: %v\n", last < first+5)
 }
 
 func stoppedByDocker(t *testing.T, s *subject) string {
@@ -217,7 +221,10 @@ func restartedAlways(t *testing.T, s *subject) string {
 }
 
 func paused(t *testing.T, s *subject) string {
-	id := s.start(t, s.image, "sleep", "600")
+	id := s.start(t, s.image, "sh", "-c", "echo up; exec sleep 600")
+	says(t, id, "up\n")
+	// The kernel freezes no process that waits for a file, as one that starts does.
+	docker(t, "exec", id, "true").want(t, "")
 	var b strings.Builder
 	for _, args := range [][]string{{"pause", id}, {"inspect", "--format", "{{.State.Status}}", id}, {"exec", id, "true"}, {"unpause", id}, {"exec", id, "echo", "goes on"}} {
 		b.WriteString(docker(t, args...).String())
@@ -228,7 +235,7 @@ func paused(t *testing.T, s *subject) string {
 // dockerReading runs the docker client with input.
 func dockerReading(t *testing.T, input []byte, args ...string) result {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	cmd := w.docker.Command(ctx, args...)
 	cmd.Stdin = bytes.NewReader(input)
@@ -428,7 +435,8 @@ func fileToCopy(t *testing.T) string {
 }
 
 func copyIn(t *testing.T, s *subject) string {
-	id := s.start(t, s.image, "sleep", "600")
+	id := s.start(t, s.image, "sh", "-c", "echo up; exec sleep 600")
+	says(t, id, "up\n") // a fill has made /srv
 	return copyFiles(t, fileToCopy(t), id+":/srv/in").String() + docker(t, "exec", id, "cat", "/srv/in").String()
 }
 

@@ -54,10 +54,16 @@ func noSockets(t *testing.T) (flag []string) {
 func preload(t *testing.T, image string, more ...string) (dir string) {
 	t.Helper()
 	dir = t.TempDir()
+	preloadTo(t, image, dir, more...)
+	return dir
+}
+
+// preloadTo is preload with a directory.
+func preloadTo(t *testing.T, image, dir string, more ...string) {
+	t.Helper()
 	if out, err := w.command(append([]string{"preload", "-q", image, "--cache", dir}, more...)...).CombinedOutput(); err != nil {
 		t.Fatalf("preload: %v\n%s", err, out)
 	}
-	return dir
 }
 
 // namesChunk matches a line of boot that says of which chunk it is.
@@ -100,7 +106,9 @@ func TestPreloadGoesOn(t *testing.T) {
 	if err := killed.Start(); err != nil {
 		t.Fatal(err)
 	}
-	within(t, 5*time.Minute, "a part is fetched", func() bool { return w.proxy.bytes.Load()-before > 30<<20 })
+	within(t, 5*time.Minute, "a part is fetched, and some of it is on the disk", func() bool {
+		return w.proxy.bytes.Load()-before > 30<<20 && chunksIn(t, dir) > 0
+	})
 	if err := killed.Process.Kill(); err != nil {
 		t.Fatal(err)
 	}
@@ -177,6 +185,7 @@ func bundle(t *testing.T, image, name string) (file string) {
 // one file. The cache that is filled from it is then damaged: the boot image
 // alone tells what is wrong.
 func TestMachineWithoutNetwork(t *testing.T) {
+	t.Parallel()
 	source := sumsOf(docker(t, "run", "--rm", "--user", "root", w.source, "sh", "-c", sums).stdout)
 	file := bundle(t, w.image, "app:lazy")
 	m := startCutOff(t)
@@ -232,9 +241,10 @@ func TestMachineWithoutNetwork(t *testing.T) {
 	if failed == 0 || len(got)+failed != len(source) {
 		t.Errorf("%d files read and %d refused, the source image has %d", len(got), failed, len(source))
 	}
-	if log := m.docker(t, "logs", id).stderr; !namesChunk.MatchString(log) || !strings.Contains(log, "bootfs-convert preload IMAGE --cache DIR") {
-		t.Errorf("the log does not say which chunk and what to do:\n%.2000s", log)
-	}
+	eventually(t, "the log says which chunk, and what to do", func() bool {
+		log := m.docker(t, "logs", id).stderr
+		return namesChunk.MatchString(log) && strings.Contains(log, "bootfs-convert preload IMAGE --cache DIR")
+	})
 	if r := read(t, fill, hostile); r.code != 125 || strings.Count(r.stderr, "\n") != 1 || !namesChunk.MatchString(r.stderr) {
 		t.Errorf("a fill from the damaged cache: exit %d, want 125 and a line that names a chunk:\n%.2000s", r.code, r.stderr)
 	}
@@ -328,6 +338,7 @@ func damageChunks(t *testing.T, cache string, n int) int {
 
 // TestBundleInOtherEngines loads a bundle where index.json counts.
 func TestBundleInOtherEngines(t *testing.T) {
+	t.Parallel()
 	_, image := fidelityImage(t, "plain")
 	file, cache := bundle(t, image, "registry.example.com/app:lazy"), preload(t, image)
 	dir := t.TempDir()

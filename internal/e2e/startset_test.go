@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"io"
 	"log"
 	"net/http"
@@ -33,6 +34,13 @@ type rangeLog struct {
 type rangeRequest struct {
 	digest, bytes string
 	countingBody
+}
+
+// isPartOf reports whether q asked for nothing that p had not asked for.
+func (q *rangeRequest) isPartOf(p *rangeRequest) bool {
+	var first, last, pFirst, pLast int64
+	_, err := fmt.Sscanf(q.bytes+" "+p.bytes, "bytes=%d-%d bytes=%d-%d", &first, &last, &pFirst, &pLast)
+	return err == nil && q.digest == p.digest && first >= pFirst && last <= pLast
 }
 
 func newRangeLog(t *testing.T) *rangeLog {
@@ -197,7 +205,10 @@ func TestStartSet(t *testing.T) {
 			})
 			var moved int64
 			ofStart, others := 0, 0
-			for _, q := range requests {
+			for i, q := range requests {
+				if slices.ContainsFunc(requests[:i], q.isPartOf) {
+					continue // what is slow to come is asked for a second time
+				}
 				moved += q.n.Load()
 				if start[q.digest] {
 					ofStart++
@@ -221,11 +232,12 @@ func TestStartSet(t *testing.T) {
 // that never are.
 func TestProfileUntilReady(t *testing.T) {
 	before := docker(t, "ps", "--all", "--quiet").stdout
-	byPort := profileOf(t, w.image, "--until-port", "18473", "--", "python3", "-c",
-		"import socket; s = socket.create_server(('127.0.0.1', 18473)); import time; time.sleep(600)")
+	port := freePort(t)
+	byPort := profileOf(t, w.image, "--until-port", port, "--", "python3", "-c",
+		"import socket; s = socket.create_server(('127.0.0.1', "+port+")); import time; time.sleep(600)")
 	byLine := profileOf(t, w.image, "--until-log", "^I am ready$", "--", "python3", "-c",
 		"import json; print('I am ready', flush=True); import time; time.sleep(600)")
-	byTime := profileOf(t, w.image, "--until-time", "5s", "--", "python3", "-c", "import time; time.sleep(20); import sqlite3; time.sleep(600)")
+	byTime := profileOf(t, w.image, "--until-time", "5s", "--", "python3", "-c", "import time; time.sleep(300); import sqlite3; time.sleep(600)")
 	for name, tt := range map[string]struct {
 		ranges []reads.Range
 		has    string
@@ -246,7 +258,7 @@ func TestProfileUntilReady(t *testing.T) {
 		code int
 		says string
 	}{
-		{"it ends before its port is open", []string{w.image, "--until-port", "18473", "--", "python3", "-c", "print('I cannot')"}, 7, "ended with 0 before it was ready; it wrote: I cannot"},
+		{"it ends before its port is open", []string{w.image, "--until-port", port, "--", "python3", "-c", "print('I cannot')"}, 7, "ended with 0 before it was ready; it wrote: I cannot"},
 		{"it ends before its line", []string{w.image, "--until-log", "^never$", "--", "true"}, 7, `before it wrote a line that matches "^never$"`},
 		{"it is never ready", []string{w.image, "--until-log", "^never$", "--timeout", "2s", "--", "sleep", "600"}, 7, "is not ready after 2s"},
 		{"it cannot be started", []string{w.image, "--run-flag=--entrypoint=/nowhere"}, 3, "no such file or directory"},

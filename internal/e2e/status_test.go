@@ -36,9 +36,9 @@ type bootStatus struct {
 	Reads  struct{ Total, Failed, Waiting int64 }
 	Memory struct{ Chunks, Bytes int64 }
 	Cache  struct {
-		Kind                            string
-		LimitBytes                      int64
-		Chunks, Bytes, Written, Corrupt int64
+		Kind                                     string
+		LimitBytes                               int64
+		Chunks, Bytes, Written, Dropped, Corrupt int64
 	}
 	Stores []struct {
 		Name, State, LastError                        string
@@ -77,8 +77,9 @@ func TestStatus(t *testing.T) {
 	id := start(t, "--volume", cache+":/.bootfs/rootfs.castr", "--env", "BOOTFS_PREFETCH=none", "--env", "BOOTFS_CACHE_SIZE=10GiB", image, "sh", "-c", "cat /bin/busybox >/dev/null; exec sleep 600")
 	var s *bootStatus
 	eventually(t, "the program has read", func() bool {
-		s = statusOf(t, id)
-		return s.State == "running" && s.Reads.Total > 0 && s.Reads.Waiting == 0 && s.Local != nil
+		s = &bootStatus{}
+		r := docker(t, "exec", id, "/.bootfs/boot", "status", "--json")
+		return r.code == 0 && json.Unmarshal([]byte(r.stdout), s) == nil && s.State == "running" && s.Reads.Total > 0 && s.Reads.Waiting == 0 && s.Local != nil
 	})
 	if s.Mode != "fuse" || s.UptimeSeconds <= 0 || !strings.HasPrefix(s.Image.Root, "sha256:") || s.Image.Chunks == 0 || s.Image.Bytes == 0 {
 		t.Errorf("%+v", s)
@@ -102,10 +103,11 @@ func TestStatus(t *testing.T) {
 
 	// Another container fills the cache, and the first one knows.
 	other := start(t, "--volume", cache+":/.bootfs/rootfs.castr", image, "sleep", "600")
-	eventually(t, "all of the image is in the cache", func() bool { return !statusOf(t, other).Local.RegistryNeeded })
-	if s := statusOf(t, other); s.Prefetch.What != "all" || s.Prefetch.State != "done" {
-		t.Errorf("prefetch %+v", s.Prefetch)
-	}
+	eventually(t, "all of the image is in the cache", func() bool {
+		var s bootStatus
+		r := docker(t, "exec", other, "/.bootfs/boot", "status", "--json")
+		return r.code == 0 && json.Unmarshal([]byte(r.stdout), &s) == nil && s.Local != nil && !s.Local.RegistryNeeded && s.Prefetch.What == "all" && s.Prefetch.State == "done"
+	})
 	eventually(t, "the first container knows", func() bool {
 		s = statusOf(t, id)
 		return !s.Local.RegistryNeeded
@@ -172,7 +174,7 @@ func TestStatusInTrouble(t *testing.T) {
 	if err := unix.Kill(pid, unix.SIGCONT); err != nil {
 		t.Error(err)
 	}
-	if took := time.Since(began); r.code != 1 || r.stdout != "" || !strings.Contains(r.stderr, "does not answer within 5s") || strings.Count(r.stderr, "\n") != 1 || took > 30*time.Second {
+	if took := time.Since(began); r.code != 1 || r.stdout != "" || !strings.Contains(r.stderr, "does not answer within 5s") || strings.Count(r.stderr, "\n") != 1 || took > 2*time.Minute {
 		t.Errorf("a boot that is stopped, after %v: %+v", took, r)
 	}
 	if s := statusOf(t, id); s.State != "running" {

@@ -33,7 +33,7 @@ func openTerminal(t *testing.T, args ...string) *terminal {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	m := &terminal{t: t, screen: screen, cmd: w.docker.Command(ctx, args...)}
 	m.resize(24, 80)
 	m.cmd.Stdin, m.cmd.Stdout, m.cmd.Stderr = keyboard, keyboard, keyboard
@@ -102,7 +102,7 @@ func (m *terminal) press(keys string) {
 // expect waits until text is shown, behind what was expected before.
 func (m *terminal) expect(text string) {
 	m.t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		m.mu.Lock()
 		all := m.text.String()

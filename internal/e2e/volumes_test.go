@@ -32,7 +32,7 @@ func TestVolumeOfStoppedStart(t *testing.T) {
 	_, image := fidelityImage(t, "plain")
 	want := initialised(t)
 	for mode, flags := range volumeModes {
-		for _, how := range []string{"stop", "kill"} {
+		for _, how := range []string{"stop --time 60", "kill"} {
 			t.Run(mode+" "+how, func(t *testing.T) {
 				release := w.proxy.hold(t)
 				name := freshVolume(t)
@@ -44,8 +44,8 @@ func TestVolumeOfStoppedStart(t *testing.T) {
 					_, err := os.Stat(filepath.Join(volume, bootimage.VolumeMark, "state/journal"))
 					return err == nil
 				})
-				docker(t, how, id).want(t, id+"\n")
-				status := map[string]string{"stop": "143\n", "kill": "137\n"}[how]
+				docker(t, append(strings.Fields(how), id)...).want(t, id+"\n")
+				status := map[string]string{"stop --time 60": "143\n", "kill": "137\n"}[how]
 				docker(t, "wait", id).want(t, status)
 				if _, err := os.Stat(filepath.Join(volume, bootimage.VolumeMark)); err != nil {
 					t.Errorf("the volume counts as initialised: %v", err)
@@ -144,7 +144,7 @@ volumes:
 	compose := func(image string, args ...string) string {
 		t.Helper()
 		cmd := exec.Command("docker-compose", append([]string{"-p", "fidelity", "-f", filepath.Join(dir, "base.yaml"), "-f", filepath.Join(dir, "more.yaml")}, args...)...)
-		cmd.Env = append(append(os.Environ(), w.docker.Env()...), "IMAGE="+image)
+		cmd.Env = append(append(os.Environ(), w.docker.Env()...), "IMAGE="+image, "COMPOSE_HTTP_TIMEOUT=600") // it waits a minute
 		out, err := cmd.Output()
 		if err != nil {
 			t.Fatalf("docker-compose %v: %v\n%s", args, err, err.(*exec.ExitError).Stderr)
