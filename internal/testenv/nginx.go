@@ -18,7 +18,9 @@ import (
 type Nginx struct {
 	Address string // "127.0.0.1:PORT", plain HTTP
 	Root    string // the directory that it serves
-	daemon  *daemon
+
+	dir    string
+	daemon *daemon
 }
 
 // StartNginx starts nginx with all its files below dir and one site, whose
@@ -29,7 +31,7 @@ func StartNginx(ctx context.Context, dir, site string, writers map[string]string
 	if err != nil {
 		return nil, err
 	}
-	n := &Nginx{Root: filepath.Join(dir, "chunks")}
+	n := &Nginx{Root: filepath.Join(dir, "chunks"), dir: dir}
 	for _, d := range []string{n.Root, n.Root + ".incoming", filepath.Join(dir, "tmp")} {
 		if err := os.MkdirAll(d, 0o755); err != nil {
 			return nil, err
@@ -46,7 +48,6 @@ func StartNginx(ctx context.Context, dir, site string, writers map[string]string
 		return nil, err
 	}
 	site = strings.NewReplacer("listen 80;", "listen "+n.Address+";", "/srv/chunks", n.Root, "/etc/nginx/", dir+"/").Replace(site)
-	config := filepath.Join(dir, "nginx.conf")
 	// Its workers run as the user who may read dir.
 	text := fmt.Sprintf(`daemon off;
 user root;
@@ -63,12 +64,21 @@ http {
 	%[2]s
 }
 `, dir, site)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(n.config(), []byte(text), 0o600); err != nil {
 		return nil, err
 	}
-	cmd := exec.Command("nginx", "-p", dir, "-e", filepath.Join(dir, "error.log"), "-c", config)
-	if n.daemon, err = startDaemon("nginx", filepath.Join(dir, "output.log"), cmd, syscall.SIGTERM); err != nil {
+	if err := n.Start(ctx); err != nil {
 		return nil, err
+	}
+	return n, nil
+}
+
+// Start starts the server again after Close or Kill, at the same address.
+func (n *Nginx) Start(ctx context.Context) error {
+	cmd := exec.Command("nginx", "-p", n.dir, "-e", filepath.Join(n.dir, "error.log"), "-c", n.config())
+	var err error
+	if n.daemon, err = startDaemon("nginx", filepath.Join(n.dir, "output.log"), cmd, syscall.SIGTERM); err != nil {
+		return err
 	}
 	if err := n.daemon.ready(ctx, func(context.Context) error {
 		c, err := net.Dial("tcp", n.Address)
@@ -77,10 +87,18 @@ http {
 		}
 		return err
 	}); err != nil {
-		return nil, errors.Join(err, n.Close())
+		return errors.Join(err, n.Close())
 	}
-	return n, nil
+	return nil
 }
+
+func (n *Nginx) config() string { return filepath.Join(n.dir, "nginx.conf") }
+
+// Processes returns the ids of the server's processes.
+func (n *Nginx) Processes() []int { return n.daemon.processes() }
+
+// Kill ends the server with SIGKILL, as the kernel does when memory is short.
+func (n *Nginx) Kill() { n.daemon.kill() }
 
 // Close stops the server. Its files stay.
 func (n *Nginx) Close() error { return n.daemon.stop() }

@@ -24,6 +24,8 @@ import (
 type Registry struct {
 	Address string // "127.0.0.1:PORT", plain HTTP
 	Dir     string // its storage
+
+	program string
 	daemon  *daemon
 }
 
@@ -75,7 +77,7 @@ func startRegistry(ctx context.Context, program, dir, address, more string) (*Re
 			return nil, err
 		}
 	}
-	config := filepath.Join(dir, "registry.yml")
+	r := &Registry{Dir: dir, program: program}
 	text := fmt.Sprintf(`version: 0.1
 log: {level: info}
 storage:
@@ -84,25 +86,41 @@ storage:
   maintenance: {uploadpurging: {enabled: false}}
 http: {addr: %q}
 `, filepath.Join(dir, "data"), address) + more
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+	if err := os.WriteFile(r.config(), []byte(text), 0o644); err != nil {
 		return nil, err
 	}
-	log := filepath.Join(dir, "registry.log")
-	// The address is read from the log: an earlier run's must not be found.
-	if err := os.Remove(log); err != nil && !errors.Is(err, os.ErrNotExist) {
+	if err := r.Start(ctx); err != nil {
 		return nil, err
-	}
-	r := &Registry{Dir: dir}
-	cmd := exec.Command(program, "serve", config)
-	cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none") // 3 looks for a collector of traces otherwise
-	if r.daemon, err = startDaemon(filepath.Base(program), log, cmd, syscall.SIGKILL); err != nil {
-		return nil, err
-	}
-	if err := r.daemon.ready(ctx, r.probe); err != nil {
-		return nil, errors.Join(err, r.Close())
 	}
 	return r, nil
 }
+
+// Start starts the registry again after Close or Kill, at the same address.
+func (r *Registry) Start(ctx context.Context) error {
+	log := filepath.Join(r.Dir, "registry.log")
+	// The address is read from the log: an earlier run's must not be found.
+	if err := os.Remove(log); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	cmd := exec.Command(r.program, "serve", r.config())
+	cmd.Env = append(os.Environ(), "OTEL_TRACES_EXPORTER=none") // 3 looks for a collector of traces otherwise
+	var err error
+	if r.daemon, err = startDaemon(filepath.Base(r.program), log, cmd, syscall.SIGKILL); err != nil {
+		return err
+	}
+	if err := r.daemon.ready(ctx, r.probe); err != nil {
+		return errors.Join(err, r.Close())
+	}
+	return nil
+}
+
+func (r *Registry) config() string { return filepath.Join(r.Dir, "registry.yml") }
+
+// Processes returns the ids of the registry's processes.
+func (r *Registry) Processes() []int { return r.daemon.processes() }
+
+// Kill ends the registry with SIGKILL, as the kernel does when memory is short.
+func (r *Registry) Kill() { r.daemon.kill() }
 
 // listening is how the registry says which port it was given.
 var listening = regexp.MustCompile(`msg="listening on (127\.[0-9.]+:[0-9]+)"`)

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -184,17 +183,21 @@ func (s *SSHD) Close() error {
 	return err
 }
 
-// descendants returns the process ids of pid's children, and of theirs.
-func descendants(pid int) []int {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
-	if err != nil {
-		return nil // it has ended
-	}
-	var all []int
-	for _, field := range strings.Fields(string(text)) {
-		if child, err := strconv.Atoi(field); err == nil {
-			all = append(append(all, child), descendants(child)...)
+// Processes returns the ids of the server's processes, those of its connections
+// and of what they run among them.
+func (s *SSHD) Processes() []int { return s.daemon.processes() }
+
+// Kill ends all of them with SIGKILL, as the kernel does when memory is short.
+func (s *SSHD) Kill() { s.daemon.kill() }
+
+// Serving returns the ids of the processes that read files for clients: casync,
+// or sshd for a client of SFTP.
+func (s *SSHD) Serving() []int {
+	var serving []int
+	for _, pid := range descendants(s.daemon.cmd.Process.Pid) {
+		if len(descendants(pid)) == 0 {
+			serving = append(serving, pid)
 		}
 	}
-	return all
+	return serving
 }

@@ -18,6 +18,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -31,7 +32,7 @@ type daemon struct {
 	done chan struct{} // closed once the process has been reaped
 	err  error         // of Wait; valid after done
 
-	told bool // ready has reported that it failed, with the log
+	told bool // that it ended is known: ready has reported it with the log, or it was killed
 }
 
 // startDaemon starts cmd. The process gets onDeath if this one dies, so that a
@@ -117,6 +118,41 @@ func (d *daemon) stop() error {
 	d.cmd.Process.Kill()
 	<-d.done
 	return fmt.Errorf("%s did not end within %v of SIGTERM and was killed\n%s", d.name, patience, d.tail())
+}
+
+// processes returns the process ids of the server and of what it runs.
+func (d *daemon) processes() []int {
+	pid := d.cmd.Process.Pid
+	return append([]int{pid}, descendants(pid)...)
+}
+
+// kill ends the server and what it runs with SIGKILL, if it has not ended.
+func (d *daemon) kill() {
+	select {
+	case <-d.done:
+		return // its id may be another's by now
+	default:
+	}
+	d.told = true
+	for _, pid := range d.processes() {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	<-d.done
+}
+
+// descendants returns the process ids of pid's children, and of theirs.
+func descendants(pid int) []int {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", pid, pid))
+	if err != nil {
+		return nil // it has ended
+	}
+	var all []int
+	for _, field := range strings.Fields(string(text)) {
+		if child, err := strconv.Atoi(field); err == nil {
+			all = append(append(all, child), descendants(child)...)
+		}
+	}
+	return all
 }
 
 // tail returns the last lines of the log.
