@@ -89,6 +89,7 @@ func rebuild(t testing.TB, ref string) int64 {
 // cache of the conversion before, that layer alone crosses the network, and the
 // image is the one that a conversion without a cache makes.
 func TestCache(t *testing.T) {
+	t.Parallel()
 	source := newCountingProxy(w.registry.Address)
 	defer source.Close()
 	last := rebuild(t, source.address+"/cache/source:rebuilt")
@@ -114,7 +115,7 @@ func TestCache(t *testing.T) {
 			if out, err := w.command("check", "-q", rebuilt, with).CombinedOutput(); err != nil {
 				t.Errorf("check: %v\n%s", err, out)
 			}
-			if r := run(t, with); r.code != 0 || !strings.HasSuffix(r.stdout, "rebuilt\n") {
+			if r := runBeside(t, with); r.code != 0 || !strings.HasSuffix(r.stdout, "rebuilt\n") {
 				t.Errorf("exit %d, stdout %q, stderr %q", r.code, r.stdout, r.stderr)
 			}
 		})

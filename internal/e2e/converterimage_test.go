@@ -13,6 +13,7 @@ import (
 // TestConverterImage builds the Dockerfile and converts an image of the engine
 // with it, by the two bare names that people give it.
 func TestConverterImage(t *testing.T) {
+	t.Parallel()
 	cache, err := testenv.OpenCache()
 	if err != nil {
 		t.Fatal(err)

@@ -11,6 +11,7 @@ import (
 // to is gone: one that is as it was, with the variable that copy names, and one
 // that was rewritten, with none.
 func TestCopied(t *testing.T) {
+	t.Parallel()
 	start := func() *testenv.Registry {
 		r, err := testenv.StartRegistry(t.Context(), t.TempDir(), "")
 		if err != nil {
@@ -38,6 +39,6 @@ func TestCopied(t *testing.T) {
 		t.Fatal(err)
 	}
 	program := []string{"python3", "-c", "import ssl, json; print('ok')"}
-	run(t, append([]string{"--env", "BLOB_STORE=" + strings.TrimSpace(setting), same}, program...)...).want(t, "ok\n")
-	run(t, append([]string{rewritten}, program...)...).want(t, "ok\n")
+	runBeside(t, append([]string{"--env", "BLOB_STORE=" + strings.TrimSpace(setting), same}, program...)...).want(t, "ok\n")
+	runBeside(t, append([]string{rewritten}, program...)...).want(t, "ok\n")
 }

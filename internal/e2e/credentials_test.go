@@ -259,6 +259,7 @@ func (f *webFiles) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // everything that is printed, in the images, and in all that the program can
 // read.
 func TestCredentials(t *testing.T) {
+	t.Parallel()
 	wit := &witness{t: t, seen: make(map[string]*bytes.Buffer)}
 	cache, err := testenv.OpenCache()
 	if err != nil {
@@ -330,52 +331,50 @@ func TestCredentials(t *testing.T) {
 		{"s3-environment", "s3+http://" + bucket + "/chunks/b.castr", s3Env, []string{"--env", s3Env[0], "--env", s3Env[1]}},
 		{"ssh-key", "sftp://root@" + server.Address + "/srv/b.castr", []string{"HOME=" + home, "SSH_AUTH_SOCK="}, mounted(sshSecrets)},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			image := images + "/app:" + c.name
-			cmd := w.command("--boot", w.boot, "--store", c.store, "oci:"+source, image)
+		image := images + "/app:" + c.name
+		cmd := w.command("--boot", w.boot, "--store", c.store, "oci:"+source, image)
+		cmd.Env = append(cmd.Env, c.convert...)
+		out, err := cmd.CombinedOutput()
+		wit.note("the converter's output", out)
+		if err != nil {
+			t.Fatalf("%s: convert: %v\n%s", c.name, err, out)
+		}
+		for _, what := range []string{"inspect", "check"} {
+			args := []string{what, "--store", c.store, image}
+			if what == "check" {
+				args = []string{what, "--store", c.store, "oci:" + source, image}
+			}
+			cmd := w.command(args...)
 			cmd.Env = append(cmd.Env, c.convert...)
 			out, err := cmd.CombinedOutput()
-			wit.note("the converter's output", out)
+			wit.note("the output of "+what, out)
 			if err != nil {
-				t.Fatalf("convert: %v\n%s", err, out)
+				t.Errorf("%s: %s: %v\n%s", c.name, what, err, out)
 			}
-			for _, what := range []string{"inspect", "check"} {
-				args := []string{what, "--store", c.store, image}
-				if what == "check" {
-					args = []string{what, "--store", c.store, "oci:" + source, image}
-				}
-				cmd := w.command(args...)
-				cmd.Env = append(cmd.Env, c.convert...)
-				out, err := cmd.CombinedOutput()
-				wit.note("the output of "+what, out)
-				if err != nil {
-					t.Errorf("%s: %v\n%s", what, err, out)
-				}
-			}
-			noteImage(t, wit, image)
+		}
+		noteImage(t, wit, image)
 
-			flags := append(slices.Clone(c.run), "--env", "BOOTFS_LOG=debug")
-			r := run(t, append(slices.Clone(flags), image, "dump")...)
-			wit.note("the program", []byte(r.stdout))
-			wit.note("the container's log", []byte(r.stderr))
-			if r.code != 0 || !strings.Contains(r.stdout, "/proc/1/environ: ") {
-				t.Errorf("exit %d, %d bytes, %s", r.code, len(r.stdout), r.stderr)
+		flags := append(slices.Clone(c.run), "--env", "BOOTFS_LOG=debug")
+		r := runBeside(t, append(slices.Clone(flags), image, "dump")...)
+		wit.note("the program", []byte(r.stdout))
+		wit.note("the container's log", []byte(r.stderr))
+		if r.code != 0 || !strings.Contains(r.stdout, "/proc/1/environ: ") {
+			t.Errorf("%s: exit %d, %d bytes, %s", c.name, r.code, len(r.stdout), r.stderr)
+		}
+		if !strings.HasPrefix(c.store, "http") && !strings.HasPrefix(c.store, "registry") {
+			continue
+		}
+		// Credentials that are refused, and no server at all.
+		for _, flags := range [][]string{
+			mounted(wrong),
+			{"--env", "BLOB_STORE=http://joe:" + planted["password that is refused"] + "@" + web + "/rootfs.castr"},
+		} {
+			r := runBeside(t, append(flags, "--env", "BOOTFS_LOG=debug", image)...)
+			wit.note("the container's log", []byte(r.stdout+r.stderr))
+			if r.code != 125 {
+				t.Errorf("%s: with credentials that are refused: exit %d, %s", c.name, r.code, r.stderr)
 			}
-			if !strings.HasPrefix(c.store, "http") && !strings.HasPrefix(c.store, "registry") {
-				return
-			}
-			// Credentials that are refused, and no server at all.
-			for _, flags := range [][]string{
-				mounted(wrong),
-				{"--env", "BLOB_STORE=http://joe:" + planted["password that is refused"] + "@" + web + "/rootfs.castr"},
-			} {
-				r := run(t, append(flags, "--env", "BOOTFS_LOG=debug", image)...)
-				wit.note("the container's log", []byte(r.stdout+r.stderr))
-				if r.code != 125 {
-					t.Errorf("with credentials that are refused: exit %d, %s", r.code, r.stderr)
-				}
-			}
-		})
+		}
 	}
 
 	// Addresses that lead nowhere, and what is no address, with a password in it.
@@ -405,7 +404,7 @@ func TestCredentials(t *testing.T) {
 	}
 	attempts.Wait()
 	bad := "http://joe:" + secret + "@[::1/x ssh://joe:" + secret + "@127.0.0.1:1/x ftp://joe:" + secret + "@h/x"
-	r := run(t, "--env", "BOOTFS_LOG=debug", "--env", "BLOB_STORE="+bad, images+"/app:bearer")
+	r := runBeside(t, "--env", "BOOTFS_LOG=debug", "--env", "BLOB_STORE="+bad, images+"/app:bearer")
 	wit.note("the container's log", []byte(r.stdout+r.stderr))
 	if r.code != 125 {
 		t.Errorf("BLOB_STORE of no use: exit %d, %s", r.code, r.stderr)
@@ -457,13 +456,13 @@ func throughProxy(t *testing.T, wit *witness, source, images string) {
 	}
 	env := "HTTP_PROXY=http://joe:" + planted["password of a proxy"] + "@"
 	flags := []string{"--env", "BOOTFS_LOG=debug", "--env", "BLOB_STORE=http://chunks.test/rootfs.castr", "--env"}
-	r := run(t, append(slices.Clone(flags), env+proxy, image)...)
+	r := runBeside(t, append(slices.Clone(flags), env+proxy, image)...)
 	wit.note("the container's log", []byte(r.stdout+r.stderr))
 	if r.code != 0 {
 		t.Errorf("through the proxy: exit %d, %s", r.code, r.stderr)
 	}
 	for _, bad := range []string{"127.0.0.1:1", "127.0.0.1:port"} {
-		id := start(t, append(slices.Clone(flags), env+bad, image)...)
+		id := startWith(t, besideFlags(), append(slices.Clone(flags), env+bad, image)...)
 		eventually(t, "the log says that the store fails", func() bool { return strings.Contains(docker(t, "logs", id).stderr, "store fails") })
 		wit.note("the container's log", []byte(docker(t, "logs", id).stderr))
 	}

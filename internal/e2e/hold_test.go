@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"fmt"
 	"net/http"
 	"strconv"
 	"strings"
@@ -10,124 +11,159 @@ import (
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
 )
 
+// A held is a container with BOOTFS_ON_FAILURE=hold, of an image whose store can be
+// made to fail.
+type held struct {
+	*faulty
+	id string
+}
+
+const (
+	holdWaits = "reads wait until the chunks can be had"
+	holdAgain = "the chunks come again, reads go on"
+)
+
+// begin starts the container.
+func (h *held) begin(t *testing.T, flags []string, args ...string) {
+	t.Helper()
+	hold := []string{"--env", "BOOTFS_ON_FAILURE=hold", "--env", "BOOTFS_READ_TIMEOUT=3s", "--env", "BOOTFS_PREFETCH=none"}
+	h.id = startWith(t, append(append([]string{}, flags...), hold...), append([]string{h.image}, args...)...)
+}
+
+// run starts the container with a program that is up.
+func (h *held) run(t *testing.T) {
+	t.Helper()
+	h.begin(t, besideFlags(), "sleep")
+	eventually(t, "the program is up", func() bool { return docker(t, "logs", h.id).stdout == "ready\n" })
+	docker(t, "exec", h.id, "/testapp").want(t, "ok\n") // the engine reads /etc/passwd for it
+}
+
+// read reads a file that no start reads.
+func (h *held) read(t *testing.T) chan result {
+	t.Helper()
+	got := make(chan result, 1)
+	go func() { got <- docker(t, "exec", h.id, "/testapp", "cat", "/data") }()
+	return got
+}
+
+func (h *held) log(t *testing.T) string { t.Helper(); return docker(t, "logs", h.id).stderr }
+
+// says waits until boot has said something.
+func (h *held) says(t *testing.T, what string) {
+	t.Helper()
+	eventually(t, what, func() bool { return strings.Contains(h.log(t), what) })
+}
+
+// saidOnce fails the test unless boot has said once that it waits, and once that it
+// goes on.
+func (h *held) saidOnce(t *testing.T) {
+	t.Helper()
+	if l := h.log(t); strings.Count(l, holdWaits) != 1 || strings.Count(l, holdAgain) != 1 {
+		t.Errorf("got log %q, want each said once", l)
+	}
+}
+
 // TestHold runs containers with BOOTFS_ON_FAILURE=hold before a store that fails:
 // reads, the start and a fill wait until it is back, whatever it answers
 // meanwhile, and keep neither docker stop nor the end of the program waiting.
 func TestHold(t *testing.T) {
-	f := newFaulty(t, "held")
-	const waits, again = "reads wait until the chunks can be had", "the chunks come again, reads go on"
-	hold := []string{"--env", "BOOTFS_ON_FAILURE=hold", "--env", "BOOTFS_READ_TIMEOUT=3s", "--env", "BOOTFS_PREFETCH=none"}
-	begin := func(t *testing.T, flags []string, args ...string) string {
-		t.Helper()
-		return startWith(t, append(append([]string{}, flags...), hold...), append([]string{f.image}, args...)...)
-	}
-	fillFlags := []string{"--network", "host", "--env", "BOOTFS_MODE=fill"}
-	log := func(t *testing.T, id string) string { t.Helper(); return docker(t, "logs", id).stderr }
-	said := func(t *testing.T, id, what string) {
-		t.Helper()
-		within(t, time.Minute, what, func() bool { return strings.Contains(log(t, id), what) })
-	}
+	t.Parallel()
+	fuse, fill := besideFlags(), []string{"--network", w.hostNetwork, "--env", "BOOTFS_MODE=fill"}
 	// What a store that is down answers, and one that has lost its chunks.
 	down := faultproxy.Status(http.StatusServiceUnavailable, "")
 	lost := faultproxy.Status(http.StatusNotFound, "")
-	running := func(t *testing.T) (id string) {
-		t.Helper()
-		f.proxy.Set(nil)
-		id = begin(t, flags, "sleep")
-		eventually(t, "the program is up", func() bool { return docker(t, "logs", id).stdout == "ready\n" })
-		docker(t, "exec", id, "/testapp").want(t, "ok\n") // the engine reads /etc/passwd for it
-		return id
-	}
-	cat := func(t *testing.T, id string) chan result {
-		t.Helper()
-		got := make(chan result, 1)
-		go func() { got <- docker(t, "exec", id, "/testapp", "cat", "/data") }()
-		return got
-	}
 
+	images := 0
+	// test runs f beside the others. Each has a store of its own.
+	test := func(name string, f func(t *testing.T, h *held)) {
+		images++
+		repository := fmt.Sprint("held", images)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f(t, &held{faulty: newFaulty(t, repository)})
+		})
+	}
 	reads := map[string]faultproxy.Fault{"404": lost}
-	stopped := map[string][]string{"fuse": flags}
+	stopped := map[string][]string{"fuse": fuse}
 	if soak {
 		reads["503"], reads["wrong bytes"] = down, faultproxy.Flip(40)
-		stopped["fill"] = fillFlags
+		stopped["fill"] = fill
 	}
 	for name, fault := range reads {
-		t.Run("read/"+name, func(t *testing.T) {
-			id := running(t)
-			f.proxy.Set(fault)
-			got := cat(t, id)
-			said(t, id, waits)
+		test("read/"+name, func(t *testing.T, h *held) {
+			h.run(t)
+			h.proxy.Set(fault)
+			got := h.read(t)
+			h.says(t, holdWaits)
 			select {
 			case r := <-got:
 				t.Errorf("exit %d, %d bytes, stderr %q; want a read that waits", r.code, len(r.stdout), r.stderr)
 			case <-time.After(4 * time.Second): // longer than BOOTFS_READ_TIMEOUT
 			}
-			f.proxy.Set(nil)
-			if r := <-got; r.code != 0 || r.stdout != string(f.data) {
+			h.proxy.Set(nil)
+			if r := <-got; r.code != 0 || r.stdout != string(h.data) {
 				t.Errorf("exit %d, %d bytes, stderr %q; want the file", r.code, len(r.stdout), r.stderr)
 			}
-			said(t, id, again)
-			if l := log(t, id); strings.Count(l, waits) != 1 || strings.Count(l, again) != 1 {
-				t.Errorf("got log %q, want each said once", l)
-			}
+			h.says(t, holdAgain)
+			h.saidOnce(t)
 		})
 	}
-	for name, flags := range map[string][]string{"fuse": flags, "fill": fillFlags} {
-		t.Run("start/"+name, func(t *testing.T) {
-			f.proxy.Set(lost)
-			id := begin(t, flags)
-			said(t, id, waits)
-			f.proxy.Set(nil)
-			docker(t, "wait", id).want(t, "0\n")
-			if l := docker(t, "logs", id); l.stdout != "ok\n" || strings.Count(l.stderr, waits) != 1 || strings.Count(l.stderr, again) != 1 {
-				t.Errorf("got stdout %q, log %q, want each said once", l.stdout, l.stderr)
+	for name, flags := range map[string][]string{"fuse": fuse, "fill": fill} {
+		test("start/"+name, func(t *testing.T, h *held) {
+			h.proxy.Set(lost)
+			h.begin(t, flags)
+			h.says(t, holdWaits)
+			h.proxy.Set(nil)
+			docker(t, "wait", h.id).want(t, "0\n")
+			h.saidOnce(t)
+			if out := docker(t, "logs", h.id).stdout; out != "ok\n" {
+				t.Errorf("got stdout %q", out)
 			}
 		})
 	}
 	for name, flags := range stopped {
-		t.Run("stop during the start/"+name, func(t *testing.T) {
-			f.proxy.Set(down)
-			id := begin(t, flags)
-			said(t, id, waits)
-			stopsWithin(t, id, 60, 20*time.Second, "143\n")
+		test("stop during the start/"+name, func(t *testing.T, h *held) {
+			h.proxy.Set(down)
+			h.begin(t, flags)
+			h.says(t, holdWaits)
+			stopsWithin(t, h.id, 60, 40*time.Second, "143\n")
 		})
 	}
-	t.Run("stop during a read", func(t *testing.T) {
-		id := running(t)
-		f.proxy.Set(down)
-		got := cat(t, id)
-		said(t, id, waits)
-		stopsWithin(t, id, 60, 20*time.Second, "0\n") // the program ends by itself
+	test("stop during a read", func(t *testing.T, h *held) {
+		h.run(t)
+		h.proxy.Set(down)
+		got := h.read(t)
+		h.says(t, holdWaits)
+		stopsWithin(t, h.id, 60, 40*time.Second, "0\n") // the program ends by itself
 		if r := <-got; r.code == 0 {
 			t.Errorf("the reader got %d bytes", len(r.stdout))
 		}
 	})
-	t.Run("stop of a program that reads", func(t *testing.T) {
-		f.proxy.Set(nil)
-		f.proxy.ClearLog()
-		run(t, "--env", "BOOTFS_PREFETCH=none", f.image).want(t, "ok\n")
+	test("stop of a program that reads", func(t *testing.T, h *held) {
+		h.proxy.ClearLog()
+		runBeside(t, "--env", "BOOTFS_PREFETCH=none", h.image).want(t, "ok\n")
 		start := map[string]bool{} // blobs that a start needs
-		for _, r := range f.proxy.Log() {
+		for _, r := range h.proxy.Log() {
 			start[r.Path] = true
 		}
-		f.proxy.Set(func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		h.proxy.Set(func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
 			if start[r.URL.Path] {
 				pass.ServeHTTP(w, r)
 			} else {
 				down(w, r, pass)
 			}
 		})
-		id := begin(t, flags, "cat", "/data")
-		said(t, id, waits)
-		stopsWithin(t, id, 1, 1*time.Second+endsWithin, "137\n") // as PID 1 that has asked for no signal
+		h.begin(t, fuse, "cat", "/data")
+		h.says(t, holdWaits)
+		stopsWithin(t, h.id, 1, time.Second+endsWithin, "137\n") // as PID 1 that has asked for no signal
 	})
-	t.Run("kill of a reader", func(t *testing.T) {
-		id := running(t)
-		f.proxy.Set(down)
-		got := cat(t, id)
-		said(t, id, waits)
-		docker(t, "kill", id)
-		endsKilled(t, id)
+	test("kill of a reader", func(t *testing.T, h *held) {
+		h.run(t)
+		h.proxy.Set(down)
+		got := h.read(t)
+		h.says(t, holdWaits)
+		docker(t, "kill", h.id)
+		endsKilled(t, h.id)
 		<-got
 	})
 }

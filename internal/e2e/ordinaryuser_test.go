@@ -19,6 +19,7 @@ const nobody = 65534
 // own: between registries, from an archive to a layout, and through a socket
 // of the engine that he may use.
 func TestOrdinaryUser(t *testing.T) {
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "nobody")
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +73,7 @@ func TestOrdinaryUser(t *testing.T) {
 		{"--env", "BLOB_STORE=registry://" + w.proxy.address + "/nobody", w.proxy.address + "/nobody:copied"},
 		{"--volume", store + ":" + store + ":ro", "nobody:daemon"},
 	} {
-		run(t, append(args, "python3", "-c", "import ssl; print('ok')")...).want(t, "ok\n")
+		runBeside(t, append(args, "python3", "-c", "import ssl; print('ok')")...).want(t, "ok\n")
 	}
 	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
 		t.Errorf("temporary files are left: %v, %v", left, err)

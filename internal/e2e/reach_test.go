@@ -22,6 +22,7 @@ import (
 // TestMovedImage runs an image that was copied to another registry, after the
 // first one has gone: one variable says where the chunks are.
 func TestMovedImage(t *testing.T) {
+	t.Parallel()
 	first, err := testenv.StartRegistry(t.Context(), t.TempDir(), "")
 	if err != nil {
 		t.Fatal(err)
@@ -71,7 +72,7 @@ func TestMovedImage(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			args := append([]string{"--pull", "always"}, c.flags...)
-			r := run(t, append(args, second.Address+"/"+c.image, "python3", "-c", "import ssl, os; print('ok', os.path.exists('/.bootfs/certs.d'), [v for v in os.environ if v.startswith('BOOTFS')])")...)
+			r := runBeside(t, append(args, second.Address+"/"+c.image, "python3", "-c", "import ssl, os; print('ok', os.path.exists('/.bootfs/certs.d'), [v for v in os.environ if v.startswith('BOOTFS')])")...)
 			r.want(t, "ok False []\n")
 		})
 	}
@@ -84,6 +85,7 @@ func TestMovedImage(t *testing.T) {
 // TestPrivateCA converts to, and runs from, a registry and a web server whose
 // certificates a private authority has signed.
 func TestPrivateCA(t *testing.T) {
+	t.Parallel()
 	secure := func(h http.Handler) (address, dir string) {
 		s := httptest.NewUnstartedServer(h)
 		s.EnableHTTP2 = true
@@ -155,10 +157,10 @@ func TestPrivateCA(t *testing.T) {
 				{"--volume", ca + ":/.bootfs/certs.d/our.crt:ro"},
 				{"--env", "BOOTFS_INSECURE=" + c.host},
 			} {
-				r := run(t, append(flags, program...)...)
+				r := runBeside(t, append(flags, program...)...)
 				r.want(t, "ok\n")
 			}
-			r := run(t, image, "true")
+			r := runBeside(t, image, "true")
 			want := "certificate signed by unknown authority: mount the certificate of its authority: -v CA.crt:/.bootfs/certs.d/" + hosts.DirName(c.host) + "/ca.crt"
 			if r.code != 125 || !strings.Contains(r.stderr, want) {
 				t.Errorf("without the authority: exit %d, %q, want %q", r.code, r.stderr, want)

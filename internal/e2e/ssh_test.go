@@ -74,6 +74,7 @@ print("searched")`
 // TestSSHStore converts to a server with casync, and runs from it with each
 // kind of credential.
 func TestSSHStore(t *testing.T) {
+	t.Parallel()
 	const password = "pl4nted at sshd"
 	server := startSSHD(t, testenv.SSHDOptions{Password: password})
 	store, image := "ssh://root@"+server.Address+"/srv/rootfs.castr", w.proxy.address+"/python:ssh"
@@ -130,14 +131,14 @@ func TestSSHStore(t *testing.T) {
 	}
 	secret := strings.Split(string(key), "\n")[2]
 	withKey := []string{"--env", "BOOTFS_LOG=debug", "--volume", server.Key + ":/run/secrets/bootfs_key:ro"}
-	r := run(t, append(withKey, image, "python3", "-c", search, secret)...)
+	r := runBeside(t, append(withKey, image, "python3", "-c", search, secret)...)
 	r.want(t, "searched\n")
 	if strings.Contains(r.stderr, secret) {
 		t.Errorf("the log has the key: %s", r.stderr)
 	}
 
 	// The password of container-bootfs, and in a file.
-	r = run(t, "--env", "BOOTFS_LOG=debug", "--env", "DROPBEAR_PASSWORD="+password, image, "python3", "-c", search, password)
+	r = runBeside(t, "--env", "BOOTFS_LOG=debug", "--env", "DROPBEAR_PASSWORD="+password, image, "python3", "-c", search, password)
 	r.want(t, "searched\n")
 	if strings.Contains(r.stderr, password) {
 		t.Errorf("the log has the password: %s", r.stderr)
@@ -146,16 +147,16 @@ func TestSSHStore(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(secrets, "password"), []byte(password+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	run(t, "--volume", secrets+":/.bootfs/secrets:ro", image, "python3", "-c", search, password).want(t, "searched\n")
+	runBeside(t, "--volume", secrets+":/.bootfs/secrets:ro", image, "python3", "-c", search, password).want(t, "searched\n")
 
-	r = run(t, image, "true")
+	r = runBeside(t, image, "true")
 	if r.code != 125 || !strings.Contains(r.stderr, "does not let root in: tried nothing, as no key, agent or password was given; mount a key as /.bootfs/secrets/id_ed25519") {
 		t.Errorf("without a credential: exit %d, %s", r.code, r.stderr)
 	}
 
 	// An agent, of which boot makes use again when the server has been away.
 	secrets = agentDir(t, key)
-	id := start(t, "--env", "BOOTFS_PREFETCH=none", "--volume", secrets+":/.bootfs/secrets:ro", image, "sleep", "1000")
+	id := startWith(t, besideFlags(), "--env", "BOOTFS_PREFETCH=none", "--volume", secrets+":/.bootfs/secrets:ro", image, "sleep", "1000")
 	eventually(t, "the container runs", func() bool { return docker(t, "exec", id, "true").code == 0 })
 	docker(t, "exec", id, "python3", "-c", "print('before')").want(t, "before\n")
 	if err := server.Close(); err != nil {
@@ -176,13 +177,13 @@ func TestSSHStore(t *testing.T) {
 	if err := server.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	r = run(t, append(withKey, image, "true")...)
+	r = runBeside(t, append(withKey, image, "true")...)
 	if r.code != 125 || !strings.Contains(r.stderr, "is not the one that is pinned or known") ||
 		!strings.Contains(r.stderr, "in the old one's place in /.bootfs/secrets/known_hosts: "+server.HostKey) {
 		t.Errorf("a changed host key: exit %d, want it refused with what to do\n%s", r.code, r.stderr)
 	}
 	known := filepath.Join(sshHome(t, server.Key, server), ".ssh/known_hosts")
-	run(t, append(withKey, "--volume", known+":/run/secrets/bootfs_known_hosts:ro", image, "echo", "accepted")...).want(t, "accepted\n")
+	runBeside(t, append(withKey, "--volume", known+":/run/secrets/bootfs_known_hosts:ro", image, "echo", "accepted")...).want(t, "accepted\n")
 }
 
 // agentDir is a directory with the socket of an agent that has key.
@@ -217,6 +218,7 @@ func agentDir(t *testing.T, key []byte) string {
 // TestSFTPSample converts to the server of samples/ssh, as its Dockerfile sets
 // it up, and runs from it.
 func TestSFTPSample(t *testing.T) {
+	t.Parallel()
 	const sample = "../../samples/ssh/"
 	config, err := os.ReadFile(sample + "sshd_config")
 	if err != nil {
@@ -248,7 +250,7 @@ func TestSFTPSample(t *testing.T) {
 		t.Error(err)
 	}
 	secrets := filepath.Join(home, ".ssh")
-	r := run(t, "--volume", secrets+":/.bootfs/secrets:ro", image, "cat", "/etc/passwd")
+	r := runBeside(t, "--volume", secrets+":/.bootfs/secrets:ro", image, "cat", "/etc/passwd")
 	if r.code != 0 || !strings.HasPrefix(r.stdout, "root:") {
 		t.Errorf("%+v", r)
 	}

@@ -15,6 +15,7 @@ import (
 // TestWebStore converts to a web server that wants a password of everybody, and
 // runs from it. The container finds the password where registries' are.
 func TestWebStore(t *testing.T) {
+	t.Parallel()
 	const password = "pl4nted"
 	dir := t.TempDir()
 	server := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
@@ -59,14 +60,14 @@ func TestWebStore(t *testing.T) {
 	if err := os.WriteFile(secret, fmt.Appendf(nil, `{"auths": {%q: {"auth": %q}}}`, host, auth), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	r := run(t, "--env", "BOOTFS_LOG=debug", "--volume", secret+":/run/secrets/bootfs.json:ro", image, "python3", "-c", "import ssl; print('ok')")
+	r := runBeside(t, "--env", "BOOTFS_LOG=debug", "--volume", secret+":/run/secrets/bootfs.json:ro", image, "python3", "-c", "import ssl; print('ok')")
 	r.want(t, "ok\n")
 	if strings.Contains(r.stderr, password) || strings.Contains(r.stderr, auth) {
 		t.Errorf("the log has the password: %s", r.stderr)
 	}
-	run(t, "--env", "BLOB_STORE=http://ci:"+password+"@"+host+"/rootfs.castr", image, "sh", "-c", "env | grep "+password+" || echo none").want(t, "none\n")
+	runBeside(t, "--env", "BLOB_STORE=http://ci:"+password+"@"+host+"/rootfs.castr", image, "sh", "-c", "env | grep "+password+" || echo none").want(t, "none\n")
 
-	r = run(t, image, "true")
+	r = runBeside(t, image, "true")
 	if r.code != 125 || !strings.Contains(r.stderr, "401 Unauthorized: the server wants credentials") {
 		t.Errorf("without the password: exit %d, %s", r.code, r.stderr)
 	}

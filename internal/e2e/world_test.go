@@ -203,6 +203,19 @@ func run(t *testing.T, args ...string) result {
 	return docker(t, append(append([]string{"run", "--rm"}, flags...), args...)...)
 }
 
+// besideFlags are flags for tests that run beside others (t.Parallel): see
+// [world.hostNetwork]. Such a test neither holds nor measures w.proxy, nor looks at
+// what is on the machine of all containers.
+func besideFlags() []string {
+	return []string{"--device", "/dev/fuse", "--cap-add", "SYS_ADMIN", "--network", w.hostNetwork}
+}
+
+// runBeside is run with besideFlags.
+func runBeside(t *testing.T, args ...string) result {
+	t.Helper()
+	return docker(t, append(append([]string{"run", "--rm"}, besideFlags()...), args...)...)
+}
+
 // start runs a converted image in the background until the test ends and
 // returns the container's ID.
 func start(t *testing.T, args ...string) string {
