@@ -14,6 +14,8 @@ PLATFORMS ?=
 HOST      := $(shell go env GOOS)/$(shell go env GOARCH)
 # Packages that test, bench and fuzz work on.
 PKG       ?= ./...
+# The package whose tests take longest, much of it in waiting: they begin first.
+LONGEST   := ./internal/e2e
 FUZZTIME  ?= 30s
 SOAK      ?= 20
 # What the evaluation measures, as SECTION/NAME (REGEXP), and how often.
@@ -31,7 +33,7 @@ build-host: ## the same with the boot binary of this machine only: quicker
 
 .PHONY: test
 test: deps build-host ## unit, fuzz-seed and end-to-end tests (root; PKG=./index/... narrows)
-	go run $(GOTESTSUM) --format pkgname-and-test-fails -- -timeout 45m $(PKG)
+	go run $(GOTESTSUM) --format pkgname-and-test-fails -- -timeout 45m $(if $(filter ./...,$(PKG)),$(LONGEST)) $(PKG)
 	$(if $(filter ./...,$(PKG)),go -C internal/evaluation test .)
 
 .PHONY: demo
