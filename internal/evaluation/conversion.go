@@ -13,14 +13,22 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	chunkers "github.com/PlakarKorp/go-cdc-chunkers"
 	_ "github.com/PlakarKorp/go-cdc-chunkers/chunkers/fastcdc"
 	_ "github.com/PlakarKorp/go-cdc-chunkers/chunkers/ultracdc"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/jotfs/fastcdc-go"
 
 	"github.com/container-bootfs/bootfs/chunker"
+	"github.com/container-bootfs/bootfs/index"
+	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/testenv"
+	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
 const conversionText = `
@@ -223,7 +231,8 @@ func contents(dir string, limit int) ([]byte, error) {
 const storedText = `
 New bytes that the second of two versions costs, where the first is stored already: as compressed chunks, by casync (its defaults, zstd) from the tree, and by bootfs
 as it writes packs (with the pack of the start set, and all that is written anew). *python*, *node* and *jdk* are Debian with these packages as the release has them,
-and with the updates since; *go* is Debian with go1.25.1 and go1.25.2. Below each is the first version, against its layers as gzip.
+and with the updates since; *go* is Debian with go1.25.1 and go1.25.2. Below each: how many chunks are new; the first version, with the boot image, against its layers
+as gzip; and all that is written when the time of each file is another and nothing else is.
 `
 
 func storedSection() Section {
@@ -297,7 +306,7 @@ func storedRows(w *World) []Row {
 		dir := w.path("stored" + strconv.Itoa(i))
 		var layouts [2]string
 		var first conversion
-		var gzip int64
+		var chunks struct{ casync, bootfs, casyncAll, bootfsAll int64 } // new ones, and those of the first version
 		prepare := func(ctx context.Context) (func() error, error) {
 			if err := os.MkdirAll(dir, 0o755); err != nil {
 				return nil, err
@@ -311,52 +320,185 @@ func storedRows(w *World) []Row {
 			return func() error { return os.RemoveAll(dir) }, nil
 		}
 		megabytes := func(n int64, also map[string]float64) Measured { return Measured{float64(n) / 1e6, also} }
+		// known returns what the row of the new bytes has learned.
+		known := func(get func() Measured) func(context.Context) (Measured, error) {
+			return func(context.Context) (Measured, error) {
+				if first.SourceBytes == 0 || chunks.casyncAll == 0 {
+					return Measured{}, fmt.Errorf("it takes the row %q", v.name+": new")
+				}
+				return get(), nil
+			}
+		}
+		const thenNext = "   # after the same of the version before"
+		casyncMake := "casync make --store=castr NEXT.caidx NEXT" + thenNext
+		convertNext := "bootfs-convert oci:NEXT oci:DIR" + thenNext
 		rows = append(rows, Row{
 			Section: "stored", Name: v.name + ": new", Unit: "MB", Against: "casync", Once: true, Prepare: prepare,
 			Subjects: []Subject{
-				{Name: "casync", Command: "casync make --store=castr NEXT.caidx NEXT   # after the same of the version before", Measure: func(ctx context.Context) (Measured, error) {
-					var sizes, counts [2]int64
-					for at, layout := range layouts {
-						if err := shell(ctx, `umoci unpack --image "$1:$2" "$3/bundle" >/dev/null; casync make --store="$3/castr" "$3/$4.caidx" "$3/bundle/rootfs" >/dev/null; rm -r "$3/bundle"`,
-							layout, testenv.Tag, dir, strconv.Itoa(at)); err != nil {
-							return Measured{}, err
-						}
-						var err error
-						if counts[at], sizes[at], err = filesBelow(dir + "/castr"); err != nil {
-							return Measured{}, err
-						}
-					}
-					return megabytes(sizes[1]-sizes[0], map[string]float64{"chunks": float64(counts[1] - counts[0])}), nil
+				{Name: "casync", Command: casyncMake, Measure: func(ctx context.Context) (Measured, error) {
+					counts, sizes, err := casyncStore(ctx, dir, layouts)
+					chunks.casync, chunks.casyncAll = counts[1]-counts[0], counts[0]
+					return megabytes(sizes[1]-sizes[0], nil), err
 				}},
-				{Name: "bootfs", Command: "bootfs-convert oci:NEXT oci:DIR   # after the same of the version before", Goals: []Goal{{v.goal, "casync"}}, Measure: func(ctx context.Context) (Measured, error) {
+				{Name: "bootfs", Command: convertNext, Goals: []Goal{{v.goal, "casync"}}, Measure: func(ctx context.Context) (Measured, error) {
+					out := "oci:" + dir + "/out"
 					var err error
-					if first, err = w.convertImage(ctx, "--base", "none", "oci:"+layouts[0], "oci:"+dir+"/out"); err != nil {
+					if first, err = w.convertImage(ctx, "--base", "none", "oci:"+layouts[0], out); err != nil {
 						return Measured{}, err
 					}
-					gzip = first.SourceBytes
-					next, err := w.convertImage(ctx, "oci:"+layouts[1], "oci:"+dir+"/out")
+					before, err := readConverted(ctx, out)
+					if err != nil {
+						return Measured{}, err
+					}
+					next, err := w.convertImage(ctx, "oci:"+layouts[1], out)
+					if err != nil {
+						return Measured{}, err
+					}
+					after, err := readConverted(ctx, out)
+					chunks.bootfs, _ = after.since(before)
+					chunks.bootfsAll = int64(first.Distinct)
 					return megabytes(next.NewBytes, map[string]float64{"MB boot image": float64(next.BootBytes) / 1e6}), err
 				}},
 			},
 		}, Row{
+			Section: "stored", Name: v.name + ": new chunks", Against: "casync", Once: true,
+			Subjects: []Subject{
+				{Name: "casync", Command: casyncMake, Measure: known(func() Measured {
+					return Measured{float64(chunks.casync), map[string]float64{"in the first": float64(chunks.casyncAll)}}
+				})},
+				{Name: "bootfs", Command: convertNext, Goals: []Goal{{1.7, "casync"}}, Measure: known(func() Measured {
+					return Measured{float64(chunks.bootfs), map[string]float64{"in the first": float64(chunks.bootfsAll)}}
+				})},
+			},
+		}, Row{
 			Section: "stored", Name: v.name + ": first", Unit: "MB", Against: "gzip layers", Once: true,
 			Subjects: []Subject{
-				{Name: "gzip layers", Command: "skopeo inspect oci:OLD", Measure: func(context.Context) (Measured, error) {
-					if gzip == 0 {
-						return Measured{}, fmt.Errorf("it takes the row %q", v.name+": new")
-					}
-					return megabytes(gzip, nil), nil
+				{Name: "gzip layers", Command: "skopeo inspect oci:OLD", Measure: known(func() Measured { return megabytes(first.SourceBytes, nil) })},
+				{Name: "bootfs", Command: "bootfs-convert --base none oci:OLD oci:DIR", Goals: []Goal{{1.05, "gzip layers"}}, Measure: known(func() Measured {
+					return megabytes(first.NewBytes+first.BootBytes, nil)
+				})},
+			},
+		}, Row{
+			Section: "stored", Name: v.name + ": other times", Unit: "MB", Against: "casync", Once: true,
+			Prepare: func(ctx context.Context) (func() error, error) {
+				done, err := prepare(ctx)
+				if err != nil {
+					return nil, err
+				}
+				layouts[1] = dir + "/touched"
+				return done, touched(layouts[0], layouts[1])
+			},
+			Subjects: []Subject{
+				{Name: "casync", Command: casyncMake, Measure: func(ctx context.Context) (Measured, error) {
+					_, sizes, err := casyncStore(ctx, dir, layouts)
+					return megabytes(sizes[1]-sizes[0], nil), err
 				}},
-				{Name: "bootfs", Command: "bootfs-convert --base none oci:OLD oci:DIR", Goals: []Goal{{1.05, "gzip layers"}}, Measure: func(context.Context) (Measured, error) {
-					if gzip == 0 {
-						return Measured{}, fmt.Errorf("it takes the row %q", v.name+": new")
+				{Name: "bootfs", Command: convertNext, Goals: []Goal{{Times: 0.7}}, Measure: func(ctx context.Context) (Measured, error) {
+					out := "oci:" + dir + "/out"
+					var sizes [2]int64
+					var read [2]*convertedImage
+					for at, layout := range layouts {
+						if _, err := w.convertImage(ctx, "oci:"+layout, out); err != nil {
+							return Measured{}, err
+						}
+						var err error
+						if read[at], err = readConverted(ctx, out); err != nil {
+							return Measured{}, err
+						}
+						if _, sizes[at], err = filesBelow(dir + "/out"); err != nil {
+							return Measured{}, err
+						}
 					}
-					return megabytes(first.NewBytes+first.BootBytes, map[string]float64{"chunks": float64(first.Distinct)}), nil
+					_, content := read[1].since(read[0])
+					return megabytes(sizes[1]-sizes[0], map[string]float64{"bytes of content": float64(content)}), nil
 				}},
 			},
 		})
 	}
 	return rows
+}
+
+// casyncStore makes chunks of two layouts' trees, one after the other in a store
+// below dir, and returns how many files that store has after each, and their
+// bytes.
+func casyncStore(ctx context.Context, dir string, layouts [2]string) (counts, sizes [2]int64, err error) {
+	for at, layout := range layouts {
+		if err := shell(ctx, `umoci unpack --image "$1:$2" "$3/bundle" >/dev/null; casync make --store="$3/castr" "$3/$4.caidx" "$3/bundle/rootfs" >/dev/null; rm -r "$3/bundle"`,
+			layout, testenv.Tag, dir, strconv.Itoa(at)); err != nil {
+			return counts, sizes, err
+		}
+		if counts[at], sizes[at], err = filesBelow(dir + "/castr"); err != nil {
+			return counts, sizes, err
+		}
+	}
+	return counts, sizes, nil
+}
+
+// touched makes a layout of another one in which the times of the image's files
+// are others.
+func touched(from, to string) error {
+	p, err := layout.FromPath(from)
+	if err != nil {
+		return err
+	}
+	root, err := p.ImageIndex()
+	if err != nil {
+		return err
+	}
+	m, err := root.IndexManifest()
+	if err != nil {
+		return err
+	}
+	image, err := root.Image(m.Manifests[0].Digest)
+	if err != nil {
+		return err
+	}
+	if image, err = mutate.Time(image, time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)); err != nil {
+		return err
+	}
+	p, err = layout.Write(to, empty.Index)
+	if err != nil {
+		return err
+	}
+	return p.AppendImage(mutate.ConfigMediaType(mutate.MediaType(image, types.OCIManifestSchema1), types.OCIConfigJSON), layout.WithAnnotations(m.Manifests[0].Annotations))
+}
+
+// convertedImage is what the chunks of a converted image are counted by.
+type convertedImage struct {
+	chunks []index.Chunk // each once
+	meta   int64         // bytes of metadata, with which the root image begins
+}
+
+func readConverted(ctx context.Context, ref string) (*convertedImage, error) {
+	r, err := transport.Parse(ref, "")
+	if err != nil {
+		return nil, err
+	}
+	o, err := converted.Open(ctx, r, converted.Options{})
+	if err != nil {
+		return nil, err
+	}
+	defer o.Close()
+	chunks, err := converted.Distinct(o.Images[0].Index, nil)
+	return &convertedImage{chunks, int64(len(o.Images[0].Meta))}, err
+}
+
+// since counts the chunks that an earlier image does not have, and their plain
+// bytes as far as they are content of files.
+func (i *convertedImage) since(earlier *convertedImage) (n, content int64) {
+	known := map[index.ID]bool{}
+	for _, c := range earlier.chunks {
+		known[c.ID] = true
+	}
+	for _, c := range i.chunks {
+		if known[c.ID] {
+			continue
+		}
+		if n++; c.Offset >= i.meta {
+			content += int64(c.Size)
+		}
+	}
+	return n, content
 }
 
 // filesBelow counts files and their bytes.
