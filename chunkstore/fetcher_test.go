@@ -953,15 +953,34 @@ func TestFetchConcurrently(t *testing.T) {
 	g.Wait()
 }
 
-func BenchmarkFetchCached(b *testing.B) {
-	plain := program(b, 64<<10)
+// cachedChunk returns a chunk and a fetcher whose cache has it.
+func cachedChunk(t testing.TB) (*Fetcher, index.Chunk) {
+	plain := program(t, 64<<10)
 	c := chunkOf(index.SHA256, plain)
 	cache := newMemory("cache")
 	cache.frames[c.ID] = Encode(nil, plain)
 	f := NewFetcher(FetcherOptions{Cache: cache})
-	defer f.Close()
+	t.Cleanup(func() { f.Close() })
+	return f, c
+}
+
+func TestFetchCachedDoesNotAllocate(t *testing.T) {
+	f, c := cachedChunk(t)
+	buf := make([]byte, 0, c.Size)
+	if n := testing.AllocsPerRun(50, func() {
+		var err error
+		if buf, err = f.Fetch(t.Context(), c, buf[:0]); err != nil {
+			t.Error(err)
+		}
+	}); n != 0 {
+		t.Errorf("got %v allocations per chunk of the cache, want 0", n)
+	}
+}
+
+func BenchmarkFetchCached(b *testing.B) {
+	f, c := cachedChunk(b)
 	var buf []byte
-	b.SetBytes(int64(len(plain)))
+	b.SetBytes(int64(c.Size))
 	b.ReportAllocs()
 	for b.Loop() {
 		var err error

@@ -341,6 +341,20 @@ func benchIndex(b *testing.B) *Index {
 	return x
 }
 
+func TestLookupDoesNotAllocate(t *testing.T) {
+	x, err := Open(build(t, small, SHA256, 100, 200, 300))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		if c, err := x.At(x.Find(150)); err != nil || c.Size != 200 {
+			t.Errorf("got %+v, %v", c, err)
+		}
+	}); n != 0 {
+		t.Errorf("got %v allocations per lookup, want 0", n)
+	}
+}
+
 func BenchmarkOpen(b *testing.B) {
 	file := build(b, small, SHA256, slices.Repeat([]int{1000}, 160_000)...)
 	b.ReportAllocs()

@@ -299,7 +299,7 @@ func FuzzLocators(f *testing.F) {
 }
 
 // large is the locators of an image of n chunks.
-func large(b *testing.B, n int) (*index.Index, []byte) {
+func large(b testing.TB, n int) (*index.Index, []byte) {
 	b.Helper()
 	numbers := count(0, n)
 	at := make([]Location, n)
@@ -312,6 +312,29 @@ func large(b *testing.B, n int) (*index.Index, []byte) {
 		b.Fatal(err)
 	}
 	return x, file
+}
+
+func TestLookupDoesNotAllocate(t *testing.T) {
+	x, file := large(t, 1000)
+	l, err := OpenLocators(file, x)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := x.At(700)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := testing.AllocsPerRun(100, func() {
+		pos, err := l.Lookup(c.ID)
+		if err == nil {
+			_, err = l.At(pos)
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}); n != 0 {
+		t.Errorf("got %v allocations per lookup, want 0", n)
+	}
 }
 
 func BenchmarkOpenLocators(b *testing.B) {

@@ -730,6 +730,23 @@ func TestStress(t *testing.T) {
 	}
 }
 
+// TestReadAtDoesNotAllocate: what is in memory, which is what most reads of the
+// kernel find.
+func TestReadAtDoesNotAllocate(t *testing.T) {
+	x, f, _ := testImage(t, slices.Repeat([]int{64 << 10}, 4))
+	m := New(x, f, Options{Memory: 32 << 20})
+	for _, n := range []int64{4 << 10, 128 << 10} {
+		p := make([]byte, n)
+		if allocs := testing.AllocsPerRun(100, func() {
+			if _, err := m.ReadAt(t.Context(), p, 32<<10); err != nil {
+				t.Error(err)
+			}
+		}); allocs != 0 {
+			t.Errorf("%d bytes: got %v allocations, want 0", n, allocs)
+		}
+	}
+}
+
 func BenchmarkReadAt(b *testing.B) {
 	x, f, _ := testImage(b, slices.Repeat([]int{64 << 10}, 256))
 	for _, bench := range []struct {
