@@ -84,23 +84,29 @@ func (l *Locators) Packs() int { return len(l.packs) / packSize }
 
 // Pack returns pack i.
 func (l *Locators) Pack(i int) (PackDescriptor, error) {
+	size, start, err := l.pack(i)
+	if err != nil {
+		return PackDescriptor{}, err
+	}
+	return PackDescriptor{Digest: "sha256:" + hex.EncodeToString(l.packs[i*packSize:][:32]), Size: size, Start: start}, nil
+}
+
+// pack returns pack i without its digest, which would have to be written out for
+// each chunk.
+func (l *Locators) pack(i int) (size int64, start bool, err error) {
 	if i < 0 || i >= l.Packs() {
-		return PackDescriptor{}, fmt.Errorf("locators: pack %d of %d", i, l.Packs())
+		return 0, false, fmt.Errorf("locators: pack %d of %d", i, l.Packs())
 	}
 	row := l.packs[i*packSize:][:packSize]
-	size := binary.LittleEndian.Uint64(row[32:])
+	stated := binary.LittleEndian.Uint64(row[32:])
 	flags := binary.LittleEndian.Uint32(row[40:])
-	if size == 0 || size > math.MaxUint32 {
-		return PackDescriptor{}, fmt.Errorf("locators: pack %d: size %d, want 1 to %d", i, size, uint32(math.MaxUint32))
+	if stated == 0 || stated > math.MaxUint32 {
+		return 0, false, fmt.Errorf("locators: pack %d: size %d, want 1 to %d", i, stated, uint32(math.MaxUint32))
 	}
 	if flags&^flagStart != 0 {
-		return PackDescriptor{}, fmt.Errorf("locators: pack %d: unknown flags %#x", i, flags)
+		return 0, false, fmt.Errorf("locators: pack %d: unknown flags %#x", i, flags)
 	}
-	return PackDescriptor{
-		Digest: "sha256:" + hex.EncodeToString(row[:32]),
-		Size:   int64(size),
-		Start:  flags&flagStart != 0,
-	}, nil
+	return int64(stated), flags&flagStart != 0, nil
 }
 
 // At returns the location of the chunk at position pos of the index.
@@ -123,13 +129,13 @@ func (l *Locators) At(pos int) (Location, error) {
 	if at.Length > chunkstore.MaxStored {
 		return Location{}, fmt.Errorf("locators: chunk %d: stored form of %d bytes, want at most %d", pos, at.Length, chunkstore.MaxStored)
 	}
-	p, err := l.Pack(at.Pack)
+	size, _, err := l.pack(at.Pack)
 	if err != nil {
 		return Location{}, fmt.Errorf("locators: chunk %d: %w", pos, err)
 	}
-	if at.Offset+int64(at.Length) > p.Size {
+	if at.Offset+int64(at.Length) > size {
 		return Location{}, fmt.Errorf("locators: chunk %d: bytes %d to %d of pack %d, which has %d",
-			pos, at.Offset, at.Offset+int64(at.Length), at.Pack, p.Size)
+			pos, at.Offset, at.Offset+int64(at.Length), at.Pack, size)
 	}
 	return at, nil
 }
@@ -180,7 +186,7 @@ func (l *Locators) StartSet() iter.Seq[int] {
 			if err != nil || at.Length == 0 {
 				continue
 			}
-			if p, err := l.Pack(at.Pack); err == nil && p.Start && !yield(pos) {
+			if _, start, err := l.pack(at.Pack); err == nil && start && !yield(pos) {
 				return
 			}
 		}

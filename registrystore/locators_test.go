@@ -347,6 +347,20 @@ func BenchmarkOpenLocators(b *testing.B) {
 	}
 }
 
+func BenchmarkStartSet(b *testing.B) {
+	x, file := large(b, 200_000)
+	l, err := OpenLocators(file, x)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.ReportAllocs()
+	for b.Loop() {
+		for pos := range l.StartSet() {
+			b.Fatalf("chunk %d is of no start set", pos)
+		}
+	}
+}
+
 func BenchmarkLookup(b *testing.B) {
 	const n = 200_000
 	x, file := large(b, n)
