@@ -53,18 +53,19 @@ func TestEncodeDecode(t *testing.T) {
 		for _, n := range []int{1, 2, 127, 128, 65535, 65536, 65537, 128 << 10, 128<<10 + 1, 256 << 10, 1 << 20, chunker.MaxSize} {
 			for name, plain := range map[string][]byte{"text": text(n, min(n, 1<<20)), "random": random(n), "zeros": make([]byte, n)} {
 				n := len(plain)
-				frame := Encode([]byte("before"), plain)
-				frame, ok := bytes.CutPrefix(frame, []byte("before"))
-				if !ok {
-					t.Fatalf("%s, %d bytes: Encode did not append", name, n)
-				}
-				if len(frame) > MaxStored {
-					t.Errorf("%s, %d bytes: got a frame of %d bytes, want at most %d", name, n, len(frame), MaxStored)
-				}
-				for _, dst := range [][]byte{nil, []byte("x"), make([]byte, 3, n+100), make([]byte, 0, n)} {
-					got, err := Decode(dst, frame, d, chunkOf(d, plain))
-					if err != nil || !bytes.Equal(got, append(bytes.Clone(dst), plain...)) {
-						t.Errorf("%v, %s, %d bytes behind %d: got %d bytes, %v", d, name, n, len(dst), len(got), err)
+				for way, encode := range map[string]func(dst, plain []byte) []byte{"Encode": Encode, "EncodeThoroughly": EncodeThoroughly} {
+					frame, ok := bytes.CutPrefix(encode([]byte("before"), plain), []byte("before"))
+					if !ok {
+						t.Fatalf("%s, %d bytes: %s did not append", name, n, way)
+					}
+					if len(frame) > MaxStored {
+						t.Errorf("%s, %d bytes: %s: got a frame of %d bytes, want at most %d", name, n, way, len(frame), MaxStored)
+					}
+					for _, dst := range [][]byte{nil, []byte("x"), make([]byte, 3, n+100), make([]byte, 0, n)} {
+						got, err := Decode(dst, frame, d, chunkOf(d, plain))
+						if err != nil || !bytes.Equal(got, append(bytes.Clone(dst), plain...)) {
+							t.Errorf("%v, %s, %d bytes behind %d: %s: got %d bytes, %v", d, name, n, len(dst), way, len(got), err)
+						}
 					}
 				}
 			}
@@ -266,7 +267,7 @@ func FuzzDecode(f *testing.F) {
 }
 
 // program returns n bytes of this program, which compress as programs do.
-func program(b *testing.B, n int) []byte {
+func program(b testing.TB, n int) []byte {
 	f, err := os.Open(os.Args[0])
 	if err != nil {
 		b.Fatal(err)
@@ -279,7 +280,63 @@ func program(b *testing.B, n int) []byte {
 	return p
 }
 
-func BenchmarkEncode(b *testing.B) {
+// TestEncodeThoroughly: what it costs is paid back, and what was encoded before,
+// and by whom else at the same time, makes no difference.
+func TestEncodeThoroughly(t *testing.T) {
+	var chunks [][]byte
+	whole := program(t, 2<<20)
+	for n := 4 << 10; len(whole) > n; n += n / 4 {
+		chunks = append(chunks, whole[:n])
+		whole = whole[n:]
+	}
+	frames := make([][]byte, len(chunks))
+	quick, thorough := 0, 0
+	for i, plain := range chunks {
+		frames[i] = EncodeThoroughly(nil, plain)
+		quick, thorough = quick+len(Encode(nil, plain)), thorough+len(frames[i])
+	}
+	if thorough > quick*97/100 {
+		t.Errorf("got %d bytes, and %d without the effort", thorough, quick)
+	}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for i, plain := range slices.Backward(chunks) {
+				if !bytes.Equal(EncodeThoroughly(nil, plain), frames[i]) {
+					t.Errorf("chunk %d: got another frame", i)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// TestCodecDoesNotAllocate: with room in the buffers that it is given.
+func TestCodecDoesNotAllocate(t *testing.T) {
+	plain := program(t, 64<<10)
+	c := chunkOf(index.SHA256, plain)
+	frame, buf := make([]byte, 0, 2*len(plain)), make([]byte, 0, len(plain))
+	for name, call := range map[string]func() error{
+		"Encode": func() error { frame = Encode(frame[:0], plain); return nil },
+		"Decode": func() (err error) { buf, err = Decode(buf[:0], Encode(frame[:0], plain), index.SHA256, c); return err },
+	} {
+		var failed error
+		n := testing.AllocsPerRun(50, func() {
+			if err := call(); err != nil {
+				failed = err
+			}
+		})
+		if n != 0 || failed != nil {
+			t.Errorf("%s: got %v allocations, %v; want none", name, n, failed)
+		}
+	}
+}
+
+func BenchmarkEncode(b *testing.B) { benchmarkEncode(b, Encode) }
+
+func BenchmarkEncodeThoroughly(b *testing.B) { benchmarkEncode(b, EncodeThoroughly) }
+
+func benchmarkEncode(b *testing.B, encode func(dst, plain []byte) []byte) {
 	for _, n := range []int{16 << 10, 64 << 10, 256 << 10} {
 		b.Run(fmt.Sprint(n>>10, "KiB"), func(b *testing.B) {
 			plain := program(b, n)
@@ -287,7 +344,7 @@ func BenchmarkEncode(b *testing.B) {
 			b.SetBytes(int64(n))
 			b.ReportAllocs()
 			for b.Loop() {
-				frame = Encode(frame[:0], plain)
+				frame = encode(frame[:0], plain)
 			}
 			b.ReportMetric(float64(n)/float64(len(frame)), "ratio")
 		})

@@ -200,7 +200,8 @@ func TestCacheEqual(t *testing.T) {
 				g := got.Platforms[0]
 				want = convertTo(t, src, ociRef(t), func(o *Options) { o.Store = store })
 				w := want.Platforms[0]
-				if got.Digest != want.Digest || g.StoredBytes != w.StoredBytes || g.Distinct != w.Distinct || g.Chunks != w.Chunks || g.ZeroChunks != w.ZeroChunks {
+				// A record may tell of a chunk as a pack has it, which is compressed thoroughly.
+				if got.Digest != want.Digest || g.StoredBytes > w.StoredBytes || g.Distinct != w.Distinct || g.Chunks != w.Chunks || g.ZeroChunks != w.ZeroChunks {
 					t.Errorf("image %d: store: with a cache %s, without %s;\n%+v\n%+v", step, got.Digest, want.Digest, g, w)
 				}
 				if w.NewBytes != 0 {

@@ -159,15 +159,20 @@ func unitsOf(plan *rootimage.Plan) iter.Seq[unit] {
 
 // packs is the sink of a destination or store that holds packs.
 type packs struct {
-	w       *registrystore.PackWriter
-	base    *baseImage // may be nil
-	written []written  // by pack
+	w    *registrystore.PackWriter
+	base *baseImage // may be nil
+	// thorough has chunks compressed as well as can be.
+	thorough bool
+	written  []written // by pack
 }
 
 // written are the stored bytes in a pack, by why they were written.
 type written struct{ start, added, again int64 }
 
-func (*packs) encode(_ context.Context, _ index.ID, plain []byte) ([]byte, error) {
+func (p *packs) encode(_ context.Context, _ index.ID, plain []byte) ([]byte, error) {
+	if p.thorough {
+		return chunkstore.EncodeThoroughly(nil, plain), nil
+	}
 	return chunkstore.Encode(nil, plain), nil
 }
 

@@ -133,6 +133,12 @@ func (c *conversion) choosePacks(ctx context.Context, b *baseImage, n *named) (r
 	}
 }
 
+// thoroughBytes is how much of an image on top of a base, in plain bytes, is
+// compressed thoroughly: what is new in a version travels to every node and is
+// kept as long as it is part of later ones. Ten seconds of one core at most go
+// into it; more than that is an image of its own.
+const thoroughBytes = 128 << 20
+
 // packsAtOnce is how many packs of a base are looked at, or brought to the
 // destination, at a time.
 const packsAtOnce = 4
@@ -213,6 +219,7 @@ func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage
 	})
 	g.Go(func() (err error) {
 		added, err = p.store(gctx, b, &out.report, func(s *packs) error {
+			s.thorough = total <= thoroughBytes
 			e := &encoder{plan: plan, sink: s, kept: len(r.kept), at: r.at, report: &out.report, progress: chunking.add}
 			if err := e.run(gctx, first); err != nil {
 				return err
