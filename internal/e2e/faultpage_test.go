@@ -16,11 +16,12 @@ const failurePage = "../../docs/failure.md"
 // outcomes with that page, which it writes with -update.
 func TestFaultTable(t *testing.T) {
 	env := newFaultEnv(t)
-	var network, said, cache string
+	var network, said, cache, processes string
 	t.Run("tables", func(t *testing.T) {
 		for name, table := range map[string]func(*testing.T){
-			"network": func(t *testing.T) { network, said = networkTables(t, env) },
-			"cache":   func(t *testing.T) { cache = cacheTable(t, env) },
+			"network":   func(t *testing.T) { network, said = networkTables(t, env) },
+			"processes": func(t *testing.T) { processes = processTable(t) },
+			"cache":     func(t *testing.T) { cache = cacheTable(t, env) },
 		} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel() // they mostly wait
@@ -28,11 +29,11 @@ func TestFaultTable(t *testing.T) {
 			})
 		}
 	})
-	page := failureHead + network + cache + said
+	page := failureHead + network + cache + processes + said
 	switch {
 	case realFaults: // a second is a part of what the page says
 		return
-	case network == "" || cache == "":
+	case network == "" || cache == "" || processes == "":
 		return // -run has left out a part, or one has failed
 	}
 	if *update {
@@ -70,7 +71,7 @@ func firstDifference(have, want string) string {
 
 const failureHead = `# When something fails
 
-What a converted image does when what is between it and its chunks fails. ` + "`internal/e2e`" + ` makes each fault happen, looks
+What a converted image does when what is between it and its chunks fails, or itself. ` + "`internal/e2e`" + ` makes each fault happen, looks
 at the outcome and writes this page (` + "`go test ./internal/e2e -run TestFaultTable -update`" + `); without ` + "`-update`" + ` it compares, so
 the page says what the program does.
 
@@ -118,6 +119,15 @@ const failureCache = `
 The registry is good and the cache is not: no read fails. Behind the bytes stands what the cache has of the chunks that were read, once the fault is over.
 *start* is a container, *read* and *prefetch* its parts that read. Where prefetch finds a file that may be the chunk, it does not read it; the next read
 does, and heals it.
+
+| fault | expected | start | read | prefetch |
+|---|---|---|---|---|
+`
+
+const failureProcesses = `
+## Containers
+
+The whole, with the engine: a container waits for a chunk when it happens, in its start, in a read, or in a prefetch.
 
 | fault | expected | start | read | prefetch |
 |---|---|---|---|---|
