@@ -9,8 +9,9 @@
 // Options.ReadTimeout, and what failed is tried anew by the next read.
 //
 // A process must not touch what it serves: a page fault or a read of its own
-// mount can wait for a thread that waits for it. Serve and Close keep to that,
-// and the caller should.
+// mount can wait for a thread that waits for it, and if it is killed then it never
+// ends. Serve and Close keep to that, and the caller should; [Server.Apart] is for
+// names and attributes, which no thread waits for.
 package mount
 
 import (
@@ -97,11 +98,12 @@ type Options struct {
 
 // Server serves one mount.
 type Server struct {
-	dir  string
-	dev  uint64 // of the mount, as unix.Mkdev
-	held int    // a copy of the mount, after Detach; else -1
-	stop context.CancelFunc
-	done chan struct{} // closed when nothing is served any more
+	dir    string
+	dev    uint64 // of the mount, as unix.Mkdev
+	device int    // descriptor of /dev/fuse, go-fuse's
+	held   int    // a copy of the mount, after Detach; else -1
+	stop   context.CancelFunc
+	done   chan struct{} // closed when nothing is served any more
 
 	closing sync.Once
 	err     error // of Close; set by closing
@@ -141,7 +143,7 @@ func Serve(dir string, o Options) (*Server, error) {
 		stop()
 		return nil, err
 	}
-	s := &Server{dir: dir, held: -1, stop: stop, done: make(chan struct{})}
+	s := &Server{dir: dir, device: fs.interrupts.device, held: -1, stop: stop, done: make(chan struct{})}
 	go func() {
 		server.Serve()
 		stop()

@@ -224,7 +224,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	content.record.begin()
 	app, err := startApp(c.underInit().withoutOwnEnv(content.s3Variables), root.masks, settings.keepSysAdmin, content.memory.appScore(), signals, func() {
 		defer unix.Close(root.top)
-		if err := openCorner(root.top, report, content.record); err != nil {
+		if err := openCorner(content.server, root.top, report, content.record); err != nil {
 			out.log.Info("the status of this container cannot be asked for: " + err.Error())
 		}
 	})

@@ -12,6 +12,7 @@ import (
 
 	"github.com/container-bootfs/bootfs/internal/answer"
 	"github.com/container-bootfs/bootfs/internal/bootimage"
+	"github.com/container-bootfs/bootfs/mount"
 )
 
 const (
@@ -28,15 +29,8 @@ const (
 // (mount.Options.Place).
 //
 // It is called while the app starts, so that it costs the start nothing.
-func openCorner(top int, r *reporter, record *recorder) error {
+func openCorner(s *mount.Server, top int, r *reporter, record *recorder) error {
 	const tmp = bootimage.TmpPath
-	at, err := unix.Openat2(top, filepath.Base(bootimage.Dir), &unix.OpenHow{
-		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
-	})
-	if err != nil {
-		return fmt.Errorf("%s in the root: %w", bootimage.Dir, err)
-	}
-	defer unix.Close(at)
 	if err := unix.Mount("bootfs", tmp, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0555,size=16k"); err != nil {
 		return fmt.Errorf("mount a tmpfs at %s: %w", tmp, err)
 	}
@@ -46,7 +40,7 @@ func openCorner(top int, r *reporter, record *recorder) error {
 	}
 	ls, err := fillCorner(tmp, sockets)
 	if err == nil {
-		if err = unix.MoveMount(unix.AT_FDCWD, tmp, at, "", unix.MOVE_MOUNT_T_EMPTY_PATH); err == nil {
+		if err = s.Apart(func() error { return moveToCorner(tmp, top) }); err == nil {
 			go serveStatus(ls[0], r)
 			if record != nil {
 				go record.answer(ls[1])
@@ -58,6 +52,19 @@ func openCorner(top int, r *reporter, record *recorder) error {
 		l.Close()
 	}
 	return errors.Join(err, unix.Unmount(tmp, unix.MNT_DETACH))
+}
+
+// moveToCorner moves the mount at dir to bootimage.Dir in the root whose directory
+// is top.
+func moveToCorner(dir string, top int) error {
+	at, err := unix.Openat2(top, filepath.Base(bootimage.Dir), &unix.OpenHow{
+		Flags: unix.O_PATH | unix.O_DIRECTORY | unix.O_CLOEXEC, Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS,
+	})
+	if err != nil {
+		return fmt.Errorf("%s in the root: %w", bootimage.Dir, err)
+	}
+	defer unix.Close(at)
+	return unix.MoveMount(unix.AT_FDCWD, dir, at, "", unix.MOVE_MOUNT_T_EMPTY_PATH)
 }
 
 // fillCorner makes what is in it, in dir. It returns a listener for each of

@@ -52,10 +52,10 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 	if err := c.serve(bootimage.LowerPath); err != nil {
 		return nil, whyNoMount(err)
 	}
-	if err := mountWritable(c.config.IndexDigest, engine.readOnly, log); err != nil {
+	if err := mountWritable(c.server, c.config.IndexDigest, engine.readOnly, log); err != nil {
 		return nil, whyNoMount(errors.Join(err, c.server.Close()))
 	}
-	if err := engine.addAccounts(); err != nil {
+	if err := c.server.Apart(engine.addAccounts); err != nil {
 		return nil, err
 	}
 	// The overlay holds its layers by itself, and the cache is held by
@@ -72,14 +72,8 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", bootimage.RootPath, err)
 	}
-	if err := engine.copyInto(top); err != nil {
+	if err := c.server.Apart(func() error { return engine.copyInto(top, cwd) }); err != nil {
 		return nil, err
-	}
-	// The engine made the working directory in the boot image.
-	if fd, err := place(top, cwd, unix.S_IFDIR|0o755); err != nil {
-		return nil, fmt.Errorf("make the working directory: %w", err)
-	} else {
-		unix.Close(fd)
 	}
 	if engine.readOnly {
 		if err := unix.Mount("", bootimage.RootPath, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, ""); err != nil {
@@ -95,18 +89,18 @@ func makeRoot(c *content, cwd string, log *logger) (*root, error) {
 // mountWritable mounts the overlay of the root image at bootimage.RootPath. Its
 // upper layer lies in the volume, under the root's name, so that a volume that
 // is carried to another version of the image starts afresh.
-func mountWritable(rootName string, readOnly bool, log *logger) error {
+func mountWritable(lower *mount.Server, rootName string, readOnly bool, log *logger) error {
 	if readOnly {
-		return overlayOnTmpfs("size=4m")
+		return overlayOnTmpfs(lower, "size=4m")
 	}
 	dir, err := claimUpper(rootName, log)
 	if err == nil {
-		err = overlayIn(dir)
+		err = overlayIn(lower, dir)
 	}
 	if err == nil {
 		return nil
 	}
-	if failed := overlayOnTmpfs(""); failed != nil {
+	if failed := overlayOnTmpfs(lower, ""); failed != nil {
 		return failed
 	}
 	log.Warn(fmt.Sprintf("what the container writes is kept in memory: %v", err))
@@ -154,29 +148,31 @@ func upperDir(rootName string) string {
 	return filepath.Join(bootimage.WritablePath, "root-"+strings.TrimPrefix(rootName, "sha256:")[:32])
 }
 
-func overlayOnTmpfs(options string) error {
+func overlayOnTmpfs(lower *mount.Server, options string) error {
 	if err := unix.Mount("bootfs", bootimage.TmpPath, "tmpfs", 0, strings.Trim("mode=0700,"+options, ",")); err != nil {
 		return fmt.Errorf("mount a tmpfs at %s: %w", bootimage.TmpPath, err)
 	}
-	if err := overlayIn(bootimage.TmpPath); err != nil {
+	if err := overlayIn(lower, bootimage.TmpPath); err != nil {
 		return err
 	}
 	return unix.Unmount(bootimage.TmpPath, unix.MNT_DETACH)
 }
 
 // overlayIn mounts the overlay with its upper layer in dir.
-func overlayIn(dir string) error {
+func overlayIn(lower *mount.Server, dir string) error {
 	upper, work := filepath.Join(dir, "upper"), filepath.Join(dir, "work")
 	for _, d := range []string{upper, work} {
 		if err := os.Mkdir(d, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 	}
-	// The root directory of an overlay shows the attributes of its upper layer.
-	if err := likeLower(upper); err != nil {
-		return err
-	}
-	return mount.Overlay(bootimage.RootPath, bootimage.LowerPath, upper, work)
+	return lower.Apart(func() error {
+		// The root directory of an overlay shows the attributes of its upper layer.
+		if err := likeLower(upper); err != nil {
+			return err
+		}
+		return mount.Overlay(bootimage.RootPath, bootimage.LowerPath, upper, work)
+	})
 }
 
 // likeLower gives a new upper directory the owner and mode of the lower root.
@@ -270,14 +266,15 @@ func mountFlags(options string) uintptr {
 }
 
 // copyInto puts copies of the mounts to the same places below the directory
-// top. A place that the source image lacks is made.
+// top, and makes what the engine makes in a root. A place that the source image
+// lacks is made.
 //
 // The mounts themselves stay in the engine's root. Boot reads some: its view of
 // processes, and what the resolver follows when the engine connects the
 // container to another network. And a process that the engine brought into the
 // container before the switch keeps that root until its exec: it still needs
 // /dev/null, /proc and the volume that it shall work in.
-func (e *engineMounts) copyInto(top int) error {
+func (e *engineMounts) copyInto(top int, cwd string) error {
 	for _, point := range e.points {
 		if err := copyMount(top, point); err != nil {
 			return fmt.Errorf("bring the mount at %s into the root: %w", point, err)
@@ -295,7 +292,11 @@ func (e *engineMounts) copyInto(top int) error {
 	if err := copyLink(top, "/etc/mtab"); err != nil {
 		return fmt.Errorf("make /etc/mtab: %w", err)
 	}
-	return nil
+	fd, err := place(top, cwd, unix.S_IFDIR|0o755)
+	if err != nil {
+		return fmt.Errorf("make the working directory: %w", err)
+	}
+	return unix.Close(fd)
 }
 
 // maxAccounts is the size of the largest passwd or group that is looked into,
