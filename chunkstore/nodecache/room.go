@@ -49,8 +49,13 @@ const (
 	stuckPause = 30 * time.Second
 )
 
-// manyWriters is how many processes write to a cache of which nothing is known.
-const manyWriters = 16
+// How many processes write to a cache: one of which nothing is known, and any other
+// at least. A look may be old when it ends, and others write again that had waited
+// for room.
+const (
+	manyWriters = 16
+	fewWriters  = 4
+)
 
 // block is what the size of a file is rounded up to, in bytes.
 const block = 4096
@@ -259,7 +264,7 @@ func (c *Cache) learn(held, written int64, now time.Time) {
 		r.writers = manyWriters
 	} else if r.wrote > 0 && held > r.before {
 		// Those that were refused for a while come back, all at once.
-		r.writers = min(4*manyWriters, max(1, r.writers*3/4, (held-r.before+r.wrote/2)/r.wrote))
+		r.writers = min(4*manyWriters, max(fewWriters, r.writers*3/4, (held-r.before+r.wrote/2)/r.wrote))
 	}
 	r.held, r.before, r.looked, r.wrote = held+r.taken-written, held, now, 0
 	r.vain = r.vain && r.held > c.high()
