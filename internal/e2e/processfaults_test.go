@@ -371,12 +371,17 @@ func (p processFault) befall(t *testing.T, n *network) *fate {
 	defer remove(t, starting)
 	n.comes(t, waiting)
 
-	if p.after {
+	three := []string{starting, reading, ahead}
+	switch {
+	case p.after:
 		n.line.Hold(true)
 		n.open()
-	} else {
+	case p.read == ends:
+		p.happen(t, n, three) // while all three wait
+		n.open()
+	default:
 		time.AfterFunc(200*time.Millisecond, n.open) // in the midst of it
-		p.happen(t, n, []string{starting, reading, ahead})
+		p.happen(t, n, three)
 	}
 
 	status := strings.TrimSpace(docker(t, "wait", starting).stdout)
