@@ -64,11 +64,10 @@ got("processes", [p for p in os.listdir("/proc") if p.isdigit() and p != str(os.
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
 names = [l.split()[-1][1:] for l in open("/proc/net/unix") if "@bootfs/" in l]
 said, flood = set(), []
-for _ in range(1000):
-    for n in names:
-        s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect("\0" + n); flood.append(s)
-        try: s.send(b"s")
-        except OSError: pass # it has said its word and gone
+for i in range(1000):
+    s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect("\0" + names[i % len(names)]); flood.append(s)
+    try: s.send(b"s")
+    except OSError: pass # it has said its word and gone
 def heard(s):
     try: return s.recv(9)
     except ConnectionResetError: return b""
