@@ -2,9 +2,6 @@ package e2e
 
 import (
 	"testing"
-
-	"github.com/container-bootfs/bootfs/internal/converted"
-	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
 // TestReadsGoOnInFiles reads a program of some MB without a start set: what follows
@@ -16,16 +13,7 @@ func TestReadsGoOnInFiles(t *testing.T) {
 			"--", "sh", "-c", "exec cat /usr/bin/python3 >/dev/null")
 	})
 	read := profileOf(t, w.image, "--", "sh", "-c", "exec cat /usr/bin/python3 >/dev/null")
-	ref, err := transport.Parse(w.image, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	opened, err := converted.Open(t.Context(), ref, converted.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer opened.Close()
-	want := storedOf(t, opened.Images[0], read)
+	want := storedOf(t, openImage(t, w.image), read)
 	var moved, size int64
 	for _, g := range read {
 		size += g.Size

@@ -34,7 +34,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
 	"github.com/container-bootfs/bootfs/internal/lazy"
 	"github.com/container-bootfs/bootfs/internal/testenv"
-	"github.com/container-bootfs/bootfs/internal/transport"
 	"github.com/container-bootfs/bootfs/mount"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -158,16 +157,7 @@ func newDamageEnv(t *testing.T) *damageEnv {
 	}
 	stopAtEnd(t, e.master)
 
-	ref, err := transport.Parse("docker://"+e.ref, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	opened, err := converted.Open(t.Context(), ref, converted.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	stopAtEnd(t, opened)
-	e.image = opened.Images[0]
+	e.image = openImage(t, "docker://"+e.ref)
 	x := e.image.Index
 	for i := range x.Len() {
 		c, err := x.At(i)

@@ -32,7 +32,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/httpio"
 	"github.com/container-bootfs/bootfs/internal/lazy"
 	"github.com/container-bootfs/bootfs/internal/testenv"
-	"github.com/container-bootfs/bootfs/internal/transport"
 	"github.com/container-bootfs/bootfs/mount"
 	"github.com/container-bootfs/bootfs/registrystore"
 )
@@ -614,16 +613,7 @@ Subsystem sftp internal-sftp
 		t.Fatal(err)
 	}
 	stopAtEnd(t, e.sshd)
-	ref, err := transport.Parse("docker://"+e.ref, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	opened, err := converted.Open(t.Context(), ref, converted.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	stopAtEnd(t, opened)
-	e.image = opened.Images[0]
+	e.image = openImage(t, "docker://"+e.ref)
 	return e
 }
 

@@ -43,20 +43,27 @@ func reportOf(t testing.TB, args ...string) (r convert.Report, sent int64) {
 	return r, w.proxy.sent.Load() - before
 }
 
-// stored returns the stored length of each distinct chunk of an image.
-func stored(t *testing.T, image string) map[index.ID]int64 {
+// openImage opens the one image that a reference of bootfs-convert names, until the
+// test ends.
+func openImage(t *testing.T, image string) *converted.Image {
 	t.Helper()
 	ref, err := transport.Parse(image, "")
 	if err != nil {
 		t.Fatal(err)
 	}
-	o, err := converted.Open(t.Context(), ref, converted.Options{})
+	opened, err := converted.Open(t.Context(), ref, converted.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer o.Close()
+	stopAtEnd(t, opened)
+	return opened.Images[0]
+}
+
+// stored returns the stored length of each distinct chunk of an image.
+func stored(t *testing.T, image string) map[index.ID]int64 {
+	t.Helper()
 	out := map[index.ID]int64{}
-	img := o.Images[0]
+	img := openImage(t, image)
 	for pos := range img.Index.Len() {
 		c, err := img.Index.At(pos)
 		if err != nil {

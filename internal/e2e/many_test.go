@@ -23,9 +23,7 @@ import (
 	"github.com/container-bootfs/bootfs/chunkstore/nodecache"
 	"github.com/container-bootfs/bootfs/chunkstore/storetest"
 	"github.com/container-bootfs/bootfs/index"
-	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
-	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
 // treeDigest prints a digest of the image's tree: names, modes, owners, times,
@@ -56,16 +54,7 @@ type stretch struct {
 func newLine(t *testing.T, ref string, bytesPerSecond int64) *line {
 	t.Helper()
 	l := &line{bytesPerSecond: bytesPerSecond, packs: make(map[string][]stretch)}
-	r, err := transport.Parse("docker://"+ref, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	opened, err := converted.Open(t.Context(), r, converted.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer opened.Close()
-	img := opened.Images[0]
+	img := openImage(t, "docker://"+ref)
 	chunks := make(map[index.ID]bool)
 	for i := range img.Index.Len() {
 		c, err := img.Index.At(i)

@@ -22,10 +22,8 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/container-bootfs/bootfs/index"
-	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/faultproxy"
 	"github.com/container-bootfs/bootfs/internal/testenv"
-	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
 // A processFault is what happens to a container while it waits for a chunk.
@@ -96,16 +94,7 @@ func newNetwork(t *testing.T, source, repository string, data []byte) *network {
 // find finds the bytes of /data in the packs.
 func (n *network) find(t *testing.T) {
 	t.Helper()
-	ref, err := transport.Parse("docker://"+n.image, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	opened, err := converted.Open(t.Context(), ref, converted.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer opened.Close()
-	image, rest := opened.Images[0], n.data
+	image, rest := openImage(t, "docker://"+n.image), n.data
 	for i := range image.Index.Len() {
 		c, err := image.Index.At(i)
 		if err != nil {

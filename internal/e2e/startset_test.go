@@ -21,7 +21,6 @@ import (
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/erofs"
 	"github.com/container-bootfs/bootfs/internal/reads"
-	"github.com/container-bootfs/bootfs/internal/transport"
 )
 
 // rangeLog forwards to the registry and notes the requests for parts of blobs.
@@ -181,16 +180,7 @@ func TestStartSet(t *testing.T) {
 			if r := docker(t, "pull", "--quiet", image); r.code != 0 {
 				t.Fatal(r.stderr)
 			}
-			ref, err := transport.Parse(image, "")
-			if err != nil {
-				t.Fatal(err)
-			}
-			opened, err := converted.Open(t.Context(), ref, converted.Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer opened.Close()
-			img := opened.Images[0]
+			img := openImage(t, image)
 			start := make(map[string]bool) // packs
 			for i := range img.Locators.Packs() {
 				p, err := img.Locators.Pack(i)

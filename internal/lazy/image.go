@@ -3,8 +3,8 @@
 //
 // However many readers want a chunk, it is fetched once at a time. A reader
 // waits no longer than its context says, and a fetch lives only as long as
-// somebody waits for it, or a moment longer for what is fetched ahead. A failed fetch is told to those who waited and then
-// forgotten: the next read tries again.
+// somebody waits for it, or a moment longer for what is fetched ahead. A failed
+// fetch is told to those who waited and then forgotten: the next read tries again.
 package lazy
 
 import (
