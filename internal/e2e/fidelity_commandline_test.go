@@ -460,7 +460,17 @@ func endOfInput(t *testing.T, s *subject) string {
 func attachLater(t *testing.T, s *subject) string {
 	// An engine may lose what is written in the moment of a container's end.
 	id := s.start(t, "--interactive", s.image, "sh", "-c", "read line; echo got $line; sleep 1; exit 3")
-	r := dockerWith(t, strings.NewReader("a line\n"), "attach", id)
+	// It also ends the output of who came later with the input, so that stays open.
+	input, line, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer input.Close()
+	defer line.Close()
+	if _, err := line.WriteString("a line\n"); err != nil {
+		t.Fatal(err)
+	}
+	r := dockerWith(t, input, "attach", id)
 	return r.String() + docker(t, "logs", id).String()
 }
 

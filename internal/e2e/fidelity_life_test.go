@@ -232,22 +232,9 @@ func paused(t *testing.T, s *subject) string {
 	return withoutIDs(b.String())
 }
 
-// dockerReading runs the docker client with input.
-func dockerReading(t *testing.T, input []byte, args ...string) result {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	defer cancel()
-	cmd := w.docker.Command(ctx, args...)
-	cmd.Stdin = bytes.NewReader(input)
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	_ = cmd.Run() // its status says how it ended
-	return result{stdout.String(), stderr.String(), cmd.ProcessState.ExitCode()}
-}
-
 func attached(t *testing.T, s *subject) string {
 	id := s.create(t, "--interactive", s.image, "sh", "-c", "read a; echo got $a; cat; exit 5")
-	return dockerReading(t, []byte("first\nsecond\n"), "start", "--attach", "--interactive", id).String()
+	return dockerWith(t, strings.NewReader("first\nsecond\n"), "start", "--attach", "--interactive", id).String()
 }
 
 const talk = "for i in 1 2 3; do echo out $i; sleep 0.1; echo err $i >&2; sleep 0.1; done"
@@ -325,7 +312,7 @@ func execdWith(t *testing.T, s *subject) string {
 	} {
 		b.WriteString(docker(t, append([]string{"exec"}, args...)...).String())
 	}
-	b.WriteString(dockerReading(t, []byte("input\n"), "exec", "--interactive", id, "cat").String())
+	b.WriteString(dockerWith(t, strings.NewReader("input\n"), "exec", "--interactive", id, "cat").String())
 	eventually(t, "the detached command has run", func() bool { return docker(t, "exec", id, "cat", "/tmp/detached").stdout == "detached\n" })
 	return withoutIDs(b.String())
 }
@@ -446,7 +433,7 @@ func tarIn(t *testing.T, s *subject) string {
 		t.Fatal(err)
 	}
 	id := s.start(t, s.image, "sleep", "600")
-	return dockerReading(t, archive, "exec", "--interactive", id, "tar", "x", "-C", "/srv").String() + docker(t, "exec", id, "cat", "/srv/in").String()
+	return dockerWith(t, bytes.NewReader(archive), "exec", "--interactive", id, "tar", "x", "-C", "/srv").String() + docker(t, "exec", id, "cat", "/srv/in").String()
 }
 
 func copyBeforeStart(t *testing.T, s *subject) string {
@@ -502,7 +489,7 @@ func exported(t *testing.T, s *subject) string {
 func imported(t *testing.T, s *subject) string {
 	id := writes(t, s)
 	archive := docker(t, "exec", id, "sh", "-c", "cd /; tar c $(ls | grep -vE '^(dev|proc|sys)$')").stdout
-	r := dockerReading(t, []byte(archive), "import", "-")
+	r := dockerWith(t, strings.NewReader(archive), "import", "-")
 	image := strings.TrimSpace(r.stdout)
 	t.Cleanup(func() { forget(t, image) })
 	return fmt.Sprintln(r.code) + docker(t, "run", "--rm", "--network", "none", image, "sh", "-c", "cat /srv/made; ls /; ls -l /opt/tools | wc -l").String()
