@@ -208,7 +208,7 @@ type loose struct {
 func (l *loose) encode(ctx context.Context, id index.ID, plain []byte) ([]byte, error) {
 	stored, err := l.store.Get(ctx, id, nil)
 	if err == nil {
-		_, err = chunkstore.Decode(make([]byte, 0, len(plain)), stored, index.SHA256, index.Chunk{ID: id, Size: len(plain)})
+		_, err = chunkstore.Decode(nil, stored, index.SHA256, index.Chunk{ID: id, Size: len(plain)})
 	}
 	if err == nil {
 		if err := l.renew(ctx, id, stored); err != nil {

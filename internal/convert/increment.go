@@ -153,7 +153,7 @@ func (b *baseImage) look(ctx context.Context, k keptPack, at registrystore.Locat
 		err := insist(ctx, func() error {
 			stored, err := registrystore.ReadRange(ctx, p.blobs, k.Digest, at.Offset, int64(at.Length), nil)
 			if err == nil {
-				_, err = chunkstore.Decode(make([]byte, 0, k.probe.Size), stored, index.SHA256, k.probe)
+				_, err = chunkstore.Decode(nil, stored, index.SHA256, k.probe)
 			}
 			return err
 		})

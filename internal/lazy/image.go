@@ -381,7 +381,7 @@ func (m *Image) fetch(ctx context.Context, g *group) {
 		if f.landed() || m.abandon(f, failed) {
 			continue
 		}
-		plain, err := m.f.Fetch(ctx, f.chunk, make([]byte, 0, f.chunk.Size))
+		plain, err := m.f.Fetch(ctx, f.chunk, nil)
 		m.land(ctx, f, plain, true, err)
 	}
 }
