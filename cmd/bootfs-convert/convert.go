@@ -44,7 +44,7 @@ func (f *convertFlags) register(cmd *cobra.Command) {
 	fs.SortFlags = false
 	fs.StringVar(&f.store, "store", "", "`STORE` that the chunks go to (default packs beside the image)")
 	fs.StringVar(&f.base, "base", "", "`REF` of a converted image whose packs are reused, or none (default what DST stands for until now)")
-	fs.Float64Var(&f.rewriteBelow, "rewrite-below", convert.DefaultRewriteBelow, "`FRACTION` of a pack of the base that must be used; what is used of other packs is stored again")
+	fs.Float64Var(&f.rewriteBelow, "rewrite-below", convert.DefaultRewriteBelow, "`FRACTION` of the base's packs that must be used; packs that are used least are given up until it is, and what is used of them is stored again")
 	fs.BoolVar(&f.keepTag, "keep-tag", false, "also tag the image keep-DIGEST, so that its packs stay when DST is moved")
 	fs.StringVar(&f.attestations, "attestations", string(convert.Carry), "`WHAT` becomes of the source's attestations, SBOMs and signatures: carry, refuse or drop")
 	fs.StringArrayVar(&f.cacheFrom, "cache-from", nil, "`CACHE` of an earlier conversion, whose layers need not be fetched: DIR or type=local,src=DIR, REF or type=registry,ref=REF, type=inline (beside DST); may be repeated")

@@ -135,9 +135,9 @@ func (c *conversion) choosePacks(ctx context.Context, b *baseImage, n *named) (r
 
 // thoroughBytes is how much of an image on top of a base, in plain bytes, is
 // compressed thoroughly: what is new in a version travels to every node and is
-// kept as long as it is part of later ones. Ten seconds of one core at most go
-// into it; more than that is an image of its own.
-const thoroughBytes = 128 << 20
+// kept as long as it is part of later ones. Twenty seconds of one core at most
+// go into it; more than that is an image of its own.
+const thoroughBytes = 256 << 20
 
 // packsAtOnce is how many packs of a base are looked at, or brought to the
 // destination, at a time.

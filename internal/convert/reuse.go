@@ -26,9 +26,13 @@ const (
 	startUse = 0.87
 )
 
-// DefaultRewriteBelow is the part of a pack that must be used for the pack to
-// be referred to, unless the options say otherwise.
+// DefaultRewriteBelow is the part of a base's packs, all in all, that must be
+// used for them to be referred to, unless the options say otherwise.
 const DefaultRewriteBelow = 0.5
+
+// leastUse is the part of it that each single pack must reach: below, what
+// there is to rewrite is little beside what it frees.
+const leastUse = 0.2
 
 // wantedChunk is a distinct chunk of a new image that is to be stored.
 type wantedChunk struct {
@@ -63,8 +67,8 @@ const (
 )
 
 // planReuse decides which packs of b an image of chunks refers to. below is
-// the part of a pack that has to be used. The decision depends on its
-// arguments alone, and an image that it leaves without anything to store
+// the part of them, all in all, that has to be used. The decision depends on
+// its arguments alone, and an image that it leaves without anything to store
 // refers to exactly what b refers to.
 func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
 	role := make([]packRole, len(b.packs))
@@ -115,18 +119,39 @@ func planReuse(b *baseImage, chunks []wantedChunk, below float64) reuse {
 	merge(smalls, maxSmallStart, keepSmallStart, func(c wantedChunk) bool { return c.start && !stored(c) })
 
 	sum(func(c wantedChunk, p int) bool { return !c.start && role[p] != startPack })
-	smalls = nil
+	var worth []int
 	for p := range b.packs {
-		if role[p] != startPack && fills(p, below) {
-			role[p] = ordinaryPack
-			if isSmall(p) {
-				smalls = append(smalls, p)
-			}
+		if role[p] != startPack && fills(p, below*leastUse) {
+			worth = append(worth, p)
+		}
+	}
+	smalls = nil
+	for _, p := range b.mostUsed(worth, used, below) {
+		role[p] = ordinaryPack
+		if isSmall(p) {
+			smalls = append(smalls, p)
 		}
 	}
 	merge(smalls, maxSmall, keepSmall, func(c wantedChunk) bool { return !c.start && !stored(c) })
 
 	return b.refer(role, chunks, stored)
+}
+
+// mostUsed takes from packs those that are used least, until the part below of
+// what is left is used: so an image has no more to keep than its bytes divided by
+// below, and writes little of what is there again. used counts bytes by pack.
+func (b *baseImage) mostUsed(packs []int, used []int64, below float64) []int {
+	part := func(p int) float64 { return float64(used[p]) / float64(b.packs[p].Size) }
+	slices.SortStableFunc(packs, func(p, q int) int { return cmp.Compare(part(p), part(q)) })
+	var uses, size int64
+	for _, p := range packs {
+		uses, size = uses+used[p], size+b.packs[p].Size
+	}
+	for ; float64(uses) < below*float64(size); packs = packs[1:] {
+		uses, size = uses-used[packs[0]], size-b.packs[packs[0]].Size
+	}
+	slices.Sort(packs)
+	return packs
 }
 
 // refer lists the packs that have a role, and places those of chunks that are

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -172,6 +173,52 @@ func TestPlanReuseWhole(t *testing.T) {
 	b.gone[len(b.packs)-1] = true
 	if r := planReuse(b, chunks, DefaultRewriteBelow); r.whole(b) || len(r.kept) != len(b.packs)-1 {
 		t.Errorf("with a pack gone: kept %+v of %+v", r.kept, b.packs)
+	}
+}
+
+// TestPlanReusePart gives up the packs that are used least, until what is left
+// is used as asked.
+func TestPlanReusePart(t *testing.T) {
+	const size = 1000 // bytes of a pack, which has ten chunks
+	for _, tt := range []struct {
+		name  string
+		used  []int // chunks of each pack
+		below float64
+		want  string // what is kept, by number
+	}{
+		{"all are used", []int{10, 10, 10}, 1, "[0 1 2]"},
+		{"one is not", []int{10, 0, 10}, 0.5, "[0 2]"},
+		{"half of them all", []int{2, 10, 3}, 0.5, "[0 1 2]"},
+		{"less than half", []int{2, 8, 3}, 0.5, "[1 2]"},
+		{"much less", []int{2, 4, 3}, 0.5, "[]"},
+		{"the first of two alike", []int{9, 3, 3, 3}, 0.5, "[0 2 3]"},
+		{"a tenth of one", []int{10, 10, 1}, 0.5, "[0 1 2]"},
+		{"less than what one needs", []int{10, 10, 1}, 0.6, "[0 1]"},
+		{"more is asked", []int{9, 10, 8}, 1, "[1]"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			b := &baseImage{chunks: map[index.ID]registrystore.Location{}, gone: make([]bool, len(tt.used))}
+			var chunks []wantedChunk
+			for p, n := range tt.used {
+				b.packs = append(b.packs, registrystore.PackDescriptor{Digest: fmt.Sprint(p), Size: size})
+				for i := range 10 {
+					id := index.ID{byte(p), byte(i)}
+					b.chunks[id] = registrystore.Location{Pack: p, Offset: int64(i) * size / 10, Length: size / 10}
+					if i < n {
+						chunks = append(chunks, wantedChunk{Chunk: index.Chunk{ID: id, Size: 300}})
+					}
+				}
+			}
+			r := planReuse(b, chunks, tt.below)
+			kept, used := []int{}, 0
+			for _, k := range r.kept {
+				kept = append(kept, k.number)
+				used += tt.used[k.number]
+			}
+			if fmt.Sprint(kept) != tt.want || len(r.at) != used {
+				t.Errorf("kept packs %v with %d chunks, want %s with all of theirs", kept, len(r.at), tt.want)
+			}
+		})
 	}
 }
 

@@ -52,8 +52,8 @@ type Options struct {
 	// Canonical has no base: the digests then depend on nothing but the source,
 	// the boot binary and these options.
 	Canonical bool
-	// RewriteBelow is the part of a pack of the base that must be used for the
-	// pack to be referred to; 0 is DefaultRewriteBelow.
+	// RewriteBelow is the part of the base's packs, all in all, that must be used
+	// for them to be referred to; 0 is DefaultRewriteBelow.
 	RewriteBelow float64
 	// StartSet is what the program was seen to read until it was ready, in order;
 	// nil leaves it to what its files tell.
