@@ -456,11 +456,33 @@ func touched(from, to string) error {
 	if image, err = mutate.Time(image, time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC)); err != nil {
 		return err
 	}
+	config, err := image.ConfigFile()
+	if err != nil {
+		return err
+	}
+	layers, err := image.Layers()
+	if err != nil {
+		return err
+	}
+	// Its layers are Docker's by type, which umoci does not take in OCI's manifest.
+	var added []mutate.Addendum
+	for _, l := range layers {
+		added = append(added, mutate.Addendum{Layer: l, MediaType: types.OCILayer})
+	}
+	config = config.DeepCopy()
+	config.RootFS.DiffIDs, config.History = nil, nil
+	image = mutate.ConfigMediaType(mutate.MediaType(empty.Image, types.OCIManifestSchema1), types.OCIConfigJSON)
+	if image, err = mutate.ConfigFile(image, config); err != nil {
+		return err
+	}
+	if image, err = mutate.Append(image, added...); err != nil {
+		return err
+	}
 	p, err = layout.Write(to, empty.Index)
 	if err != nil {
 		return err
 	}
-	return p.AppendImage(mutate.ConfigMediaType(mutate.MediaType(image, types.OCIManifestSchema1), types.OCIConfigJSON), layout.WithAnnotations(m.Manifests[0].Annotations))
+	return p.AppendImage(image, layout.WithAnnotations(m.Manifests[0].Annotations))
 }
 
 // convertedImage is what the chunks of a converted image are counted by.
