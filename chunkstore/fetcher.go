@@ -173,8 +173,12 @@ func (f *Fetcher) Cached(ctx context.Context, c index.Chunk) bool {
 	return ok && err == nil
 }
 
-// fetchCached gives emit those of wants that are in the cache. Several are read
-// at a time, as verifying a chunk takes longer than reading it.
+// cachedReads is how many chunks of the cache are read at a time, for each
+// processor: to verify one takes longer than to read it, unless it is still on the
+// disk, which must be asked some five times for a chunk.
+const cachedReads = 2
+
+// fetchCached gives emit those of wants that are in the cache, several at a time.
 func (f *Fetcher) fetchCached(ctx context.Context, wants []*want, emit func(*want, []byte) error) error {
 	if f.cache == nil {
 		return nil
@@ -188,7 +192,7 @@ func (f *Fetcher) fetchCached(ctx context.Context, wants []*want, emit func(*wan
 	}
 	work := queue(wants)
 	results := make(chan result)
-	for range min(len(wants), runtime.GOMAXPROCS(0)) {
+	for range min(len(wants), cachedReads*runtime.GOMAXPROCS(0)) {
 		go func() {
 			for w := range work {
 				r := result{w: w, plain: buffers.Get().(*[]byte), err: ctx.Err()}

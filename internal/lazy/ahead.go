@@ -118,6 +118,7 @@ func (m *Image) addAhead(g *group, s *stream, cs []index.Chunk) {
 // join notes that a reader waits for f. m.mu is held.
 func (f *flight) join() {
 	f.group.waiting++
+	f.aboard++
 	f.wanted = true
 	if f.ahead != nil {
 		f.ahead.used += f.chunk.Size
@@ -139,11 +140,11 @@ func (m *Image) abandon(f *flight, err error) bool {
 	return true
 }
 
-// isAhead reports whether g has flights that were to be ahead of their readers.
+// isAhead reports whether g has flights under way that are ahead of their readers.
 // Image.mu is held.
 func (g *group) isAhead() bool {
 	for _, f := range g.flights {
-		if !f.landed() {
+		if f.ahead != nil && !f.landed() {
 			return true
 		}
 	}

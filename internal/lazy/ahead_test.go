@@ -87,7 +87,10 @@ func TestReadFileAhead(t *testing.T) {
 		// 5, 5, 9, 17 and from then on 33 chunks.
 		"from front to back": {n, whole, 0, 2, 12, n},
 		"nothing is known":   {0, whole, 0, n, n, n},
-		"from the cache":     {n, whole, n, n, n, n},
+		// What follows is decoded, a MiB at a time at most.
+		"from the cache":                 {n, whole, n, 25, 40, n},
+		"from the cache, here and there": {n, slices.Values([]int{0, 40, 80, 120, 160}), n, 5, 5, 5},
+		"from the cache to its end":      {n, whole, 100, 15, 40, n},
 		"the first of a small file": {
 			2, slices.Values([]int{0, 1}), 0, 1, 1, 2,
 		},

@@ -59,7 +59,10 @@ type Image struct {
 	recent  recent
 	flights map[index.ID]*flight // chunks that are being fetched for somebody
 	streams map[int64]*stream    // by the end of the file in the image
-	readers int                  // calls of ReadAt that wait for a flight
+	runs    [maxRuns]run
+	// oldestRun is the place in runs that the next one takes.
+	oldestRun int
+	readers   int // calls of ReadAt that wait for a flight
 
 	count counters
 }
@@ -70,10 +73,12 @@ type flight struct {
 	group  *group
 	wanted bool          // by a reader, now or soon, as Prefetch's are not; guarded by Image.mu
 	ahead  *stream       // nil unless it was fetched ahead and no reader waits for it yet; guarded by Image.mu
+	aboard int           // readers that have joined it and not taken plain yet; guarded by Image.mu
 	done   chan struct{} // closed when landed
 
-	// Set before done is closed, never changed after.
-	plain   []byte // nil if err is not, or if nobody wanted it
+	// Set before done is closed, never changed after; but plain goes with the last
+	// who is aboard, as the group lives for longer than a chunk shall.
+	plain   []byte // nil if err is not, or if no reader is aboard
 	err     error
 	expired bool // err came when time was up for who started the flight
 }
@@ -92,8 +97,9 @@ func (f *flight) landed() bool {
 type group struct {
 	flights  []*flight
 	cancel   context.CancelFunc
-	deadline time.Time // of the fetch, if it has one
-	waiting  int       // flights of it that somebody waits for, once for each; guarded by Image.mu
+	deadline time.Time   // of the fetch, if it has one
+	waiting  int         // flights of it that somebody waits for, once for each; guarded by Image.mu
+	late     *time.Timer // gives it up; nil while somebody waits for it; guarded by Image.mu
 }
 
 // New returns the root image that x describes, with chunks from f.
@@ -146,7 +152,7 @@ func (m *Image) readAt(ctx context.Context, p []byte, off, fileEnd int64) (int, 
 	var few [8]piece
 	pieces := few[:0]
 	end := off + int64(len(p))
-	first := m.x.Find(off)
+	first, size := m.x.Find(off), 0
 	for i, at := first, off; at < end; i++ {
 		c, err := m.x.At(i)
 		if err != nil {
@@ -159,6 +165,10 @@ func (m *Image) readAt(ctx context.Context, p []byte, off, fileEnd int64) (int, 
 		}
 		pieces = append(pieces, piece{chunk: c})
 		at = next
+		size += c.Size
+	}
+	if cs := m.follow(first, first+len(pieces), size); len(cs) > 0 {
+		go m.makeReady(cs)
 	}
 
 	for {
@@ -172,9 +182,7 @@ func (m *Image) readAt(ctx context.Context, p []byte, off, fileEnd int64) (int, 
 			break
 		}
 		err := m.wait(ctx, flights)
-		m.mu.Lock()
-		m.readers--
-		m.mu.Unlock()
+		m.disembark(pieces)
 		if errors.Is(err, errAgain) {
 			continue
 		}
@@ -184,15 +192,11 @@ func (m *Image) readAt(ctx context.Context, p []byte, off, fileEnd int64) (int, 
 		break
 	}
 	for _, pc := range pieces {
-		plain := pc.plain
-		if pc.flight != nil {
-			plain = pc.flight.plain
-		}
 		n := 0
 		if at := pc.chunk.Offset - off; at >= 0 {
-			n = copy(p[at:], plain)
+			n = copy(p[at:], pc.plain)
 		} else {
-			n = copy(p, plain[-at:])
+			n = copy(p, pc.plain[-at:])
 		}
 		if pc.flight == nil {
 			m.count.hits.Add(1)
@@ -238,6 +242,24 @@ func (m *Image) board(ctx context.Context, pieces []piece, s *stream, more []ind
 		m.readers++
 	}
 	return flights
+}
+
+// disembark gives each piece the bytes that its flight has brought. The caller is
+// no reader any more.
+func (m *Image) disembark(pieces []piece) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.readers--
+	for i := range pieces {
+		f := pieces[i].flight
+		if f == nil {
+			continue
+		}
+		pieces[i].plain = f.plain
+		if f.aboard--; f.aboard == 0 {
+			f.plain = nil
+		}
+	}
 }
 
 // add makes a flight of c in g. m.mu is held.
@@ -326,7 +348,8 @@ func (m *Image) leave(flights []*flight) {
 			continue
 		}
 		if f.landed() && f.err == nil && g.isAhead() {
-			time.AfterFunc(aheadTime, func() {
+			g.stopLate()
+			g.late = time.AfterFunc(aheadTime, func() {
 				m.mu.Lock()
 				defer m.mu.Unlock()
 				if g.waiting == 0 {
@@ -347,6 +370,14 @@ func (m *Image) giveUp(g *group) {
 	g.cancel()
 }
 
+// stopLate ends the timer of g, which would keep its chunks in memory. Image.mu is
+// held.
+func (g *group) stopLate() {
+	if g.late != nil {
+		g.late.Stop()
+	}
+}
+
 // forget takes f off the flights that readers can join. m.mu is held.
 func (m *Image) forget(f *flight) {
 	if m.flights[f.chunk.ID] == f {
@@ -356,7 +387,12 @@ func (m *Image) forget(f *flight) {
 
 // fetch brings the flights of g.
 func (m *Image) fetch(ctx context.Context, g *group) {
-	defer g.cancel()
+	defer func() {
+		g.cancel()
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		g.stopLate()
+	}()
 	var failed error
 	if len(g.flights) > 1 {
 		cs := make([]index.Chunk, len(g.flights))
@@ -405,7 +441,9 @@ func (m *Image) land(ctx context.Context, f *flight, plain []byte, owned bool, e
 		if !owned {
 			plain = bytes.Clone(plain)
 		}
-		f.plain = plain
+		if f.aboard > 0 {
+			f.plain = plain
+		}
 		m.recent.put(f.chunk.ID, plain, f.ahead)
 	}
 	close(f.done)

@@ -239,6 +239,90 @@ func TestOneFetchForAll(t *testing.T) {
 	})
 }
 
+// TestMemoryBounded reads a start set on its way, in which no more than the recently
+// read chunks may stay in memory, and much of a file from a store.
+func TestMemoryBounded(t *testing.T) {
+	const n, size = 100, 50000
+	held := func(m *Image, g *group) (plain int) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		for _, f := range g.flights {
+			plain += len(f.plain)
+		}
+		return plain
+	}
+	synctest.Test(t, func(t *testing.T) {
+		x, f, _ := testImage(t, slices.Repeat([]int{size}, n))
+		last, err := x.At(n - 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.inOrder = true
+		f.before = func(_ context.Context, c index.Chunk) error {
+			if c == last {
+				time.Sleep(time.Minute)
+			}
+			return nil
+		}
+		m := New(x, f, Options{Memory: 4 * size})
+		var done sync.WaitGroup
+		done.Go(func() {
+			if err := m.PrefetchStart(t.Context(), upTo(n)); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		m.mu.Lock()
+		g := m.flights[last.ID].group
+		m.mu.Unlock()
+		if got := held(m, g); got > 0 || m.Stats().Bytes > 4*size {
+			t.Errorf("while the last chunk is on its way: %d bytes are held beside %d, want 0 beside at most %d", got, m.Stats().Bytes, 4*size)
+		}
+		var readers sync.WaitGroup
+		for range 3 {
+			readers.Go(func() {
+				if _, err := m.ReadAt(t.Context(), make([]byte, 2*size), last.Offset-size); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		readers.Wait()
+		done.Wait()
+		if got := held(m, g); got > 0 {
+			t.Errorf("after the readers: %d bytes are held, want 0", got)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		m, f, want := aheadImage(t, n)
+		groups := make(map[*group]bool)
+		arrives := f.before
+		f.before = func(ctx context.Context, c index.Chunk) error {
+			m.mu.Lock()
+			groups[m.flights[c.ID].group] = true
+			m.mu.Unlock()
+			return arrives(ctx, c)
+		}
+		for off := 0; off < len(want); off += aheadChunk {
+			if _, err := m.ReadFile(t.Context(), make([]byte, 1), int64(off), int64(len(want))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		synctest.Wait()
+		timed := 0
+		for g := range groups {
+			if g.late == nil {
+				continue
+			}
+			if timed++; g.late.Stop() {
+				t.Error("a timer keeps chunks that have arrived in memory")
+			}
+		}
+		if timed == 0 {
+			t.Error("no chunk was fetched ahead of its reader")
+		}
+	})
+}
+
 // Several missing chunks of one read travel together.
 func TestBatch(t *testing.T) {
 	x, f, want := testImage(t, slices.Repeat([]int{1000}, 10))
