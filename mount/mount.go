@@ -84,7 +84,8 @@ type Options struct {
 	// ReadAhead is how far the kernel reads ahead, in bytes, at most 1 MiB; 0
 	// leaves its default of 128 KiB. A page fault reads as much around it, so
 	// more is good for large files and bad for programs that are started from
-	// a slow store. Where the kernel cannot be told, its default stays.
+	// a slow store. Where the kernel cannot be told of more, its default stays.
+	// [Server.SetReadAhead] changes it.
 	ReadAhead int
 
 	// Place is the name of a directory of the root that is there only to mount
@@ -154,13 +155,17 @@ func Serve(dir string, o Options) (*Server, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("serve %s: %w", dir, err), unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH))
 	}
-	if o.ReadAhead > 0 {
-		if err := setReadAhead(s.dev, request); err != nil {
+	if o.ReadAhead > defaultRequest {
+		if err := s.SetReadAhead(request); err != nil {
 			o.Log.Debug("the kernel keeps its read-ahead", "mount", dir, "err", err)
 		}
 	}
 	return s, nil
 }
+
+// SetReadAhead changes how far the kernel reads ahead in files that are opened from
+// now on, in bytes. Not every container may do that.
+func (s *Server) SetReadAhead(bytes int) error { return setReadAhead(s.dev, bytes) }
 
 // connect mounts dir and returns the go-fuse server at the other end, which
 // has greeted the kernel and not yet begun to serve.
@@ -181,6 +186,7 @@ func connect(dir string, request int, o *Options, fs *rootFS) (*fuse.Server, err
 	// From here on fd belongs to go-fuse, which closes it also when it fails.
 	server, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", fd), &fuse.MountOptions{
 		MaxWrite:                 request,
+		MaxReadAhead:             o.ReadAhead, // the kernel's default is the most
 		MaxBackground:            maxBackground,
 		EnableSymlinkCaching:     true,
 		ExplicitDataCacheControl: true,

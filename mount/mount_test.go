@@ -624,6 +624,24 @@ func TestMountOptions(t *testing.T) {
 	}
 }
 
+// TestReadAhead has the kernel read ahead less than it would, and then more again.
+func TestReadAhead(t *testing.T) {
+	root, _ := small()
+	s := serve(t, root, func(o *Options) { o.ReadAhead = 32 << 10 })
+	name := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(s.dev), unix.Minor(s.dev))
+	for _, want := range []int{32, 128} {
+		if b, err := os.ReadFile(name); err != nil || string(b) != fmt.Sprintf("%d\n", want) {
+			t.Errorf("read_ahead_kb: got %q, %v, want %d", b, err, want)
+		}
+		if err := s.SetReadAhead(128 << 10); err != nil {
+			t.Error(err)
+		}
+	}
+	if info := mountInfo(t, s.dir); !strings.Contains(info, "max_read=131072") {
+		t.Errorf("got mountinfo %q, want requests of 128 KiB", info)
+	}
+}
+
 func TestServeErrors(t *testing.T) {
 	root, _ := small()
 	plan, image := imageOf(t, root)

@@ -22,6 +22,7 @@
 //	corner.go      where an exec can ask in a mounted root
 //	ask.go         the command that asks
 //	metrics.go     the same for Prometheus
+//	readahead.go   how far the kernel reads ahead, and when
 //	record.go      what the program reads until it is ready, if that is to be noted
 //
 // Boot itself stays in the root that the engine gave it, hidden below the new
@@ -239,6 +240,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 		return 0, err
 	}
 	content.started()
+	go content.endStart()
 	report.became(stateRunning)
 	word := byte(wordReady)
 	if content.s3Variables {

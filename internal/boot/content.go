@@ -296,6 +296,7 @@ func (c *content) serve(dir string) error {
 		ReadTimeout:  c.patience(),
 		Log:          c.faults,
 		Name:         "bootfs",
+		ReadAhead:    c.readAhead(),
 		Place:        filepath.Base(bootimage.Dir),
 	})
 	return err

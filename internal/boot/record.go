@@ -69,11 +69,12 @@ type recorder struct {
 	meta  []byte
 	noted *reads.Recorder
 	log   *logger
-	once  sync.Once // finish
+	once  sync.Once     // finish
+	done  chan struct{} // closed by it
 }
 
 func newRecorder(c *content, until recording) *recorder {
-	return &recorder{until: until, meta: c.meta, noted: reads.NewRecorder(c.index.Size()), log: c.log}
+	return &recorder{until: until, meta: c.meta, noted: reads.NewRecorder(c.index.Size()), log: c.log, done: make(chan struct{})}
 }
 
 // around has the reads of image noted.
@@ -128,6 +129,7 @@ func (r *recorder) ended() {
 // does not see it and the engine does. Only the first call counts.
 func (r *recorder) finish() {
 	r.once.Do(func() {
+		defer close(r.done)
 		r.noted.Stop()
 		text, err := r.text()
 		if err == nil {

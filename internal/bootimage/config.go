@@ -64,6 +64,8 @@ type Config struct {
 	// Marked are the directories that hold VolumeMark, sorted: those of the boot
 	// image that have more in the source.
 	Marked []string `json:"marked,omitempty"`
+	// Recorded says that the start set is what a start was seen to read.
+	Recorded bool `json:"recorded,omitempty"`
 	// Source is the image that was converted.
 	Source Source `json:"source"`
 }

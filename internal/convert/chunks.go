@@ -80,12 +80,19 @@ func chunkImage(ctx context.Context, plan *rootimage.Plan, start startSet, s sin
 
 	if len(start.spans) > 0 {
 		keep := func(off int64, size int) bool { return overlaps(start.spans, off, int64(size)) }
+		of, ok := s.(*packs)
+		if ok {
+			of.thorough = start.recorded()
+		}
 		err := p.run(ctx, slices.Values(start.units(plan)), keep, func(c *chunk, stored []byte, number int) (int, error) {
 			if c.frame == nil || number >= 0 {
 				return number, nil
 			}
 			return add(c, stored, true)
 		})
+		if ok {
+			of.thorough = false
+		}
 		if err != nil {
 			return nil, err
 		}

@@ -219,11 +219,12 @@ func (p *chunkPlace) chunksOn(ctx context.Context, b *baseImage, plan *rootimage
 	})
 	g.Go(func() (err error) {
 		added, err = p.store(gctx, b, &out.report, func(s *packs) error {
-			s.thorough = total <= thoroughBytes
+			s.thorough = total <= thoroughBytes || start.recorded()
 			e := &encoder{plan: plan, sink: s, kept: len(r.kept), at: r.at, report: &out.report, progress: chunking.add}
 			if err := e.run(gctx, first); err != nil {
 				return err
 			}
+			s.thorough = total <= thoroughBytes
 			return e.run(gctx, rest)
 		})
 		return err

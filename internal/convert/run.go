@@ -405,6 +405,7 @@ func (c *conversion) assemble(img input, root *tree.Tree, plan *rootimage.Plan, 
 			Stores:       stores,
 			HostKeys:     hostKeys,
 			XattrClasses: plan.XattrClasses(),
+			Recorded:     len(c.o.StartSet) > 0,
 			Source: bootimage.Source{
 				Name: sourceName(c.o.Source), Digest: img.Digest,
 				Entrypoint: conf.Entrypoint, Cmd: conf.Cmd, User: conf.User, WorkingDir: conf.WorkingDir,

@@ -23,6 +23,10 @@ type startSet struct {
 	order []span
 }
 
+// recorded reports whether the set is what a start was seen to read. Its bytes are
+// waited for wherever the image starts for the first time.
+func (s startSet) recorded() bool { return s.order != nil }
+
 // startBudget bounds the bytes of a start set in a root image of n bytes that
 // nobody has recorded. Five percent keep the start of a large image a few requests;
 // that much is less than the loader and the C library of a small one, which are one
@@ -147,7 +151,7 @@ func (s startSet) mark(n *named) error {
 			}
 			if number := n.first[pos]; number >= 0 {
 				n.distinct[number].start = true
-				if s.order != nil {
+				if s.recorded() {
 					n.distinct[number].rank = r
 				}
 			}

@@ -10,6 +10,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/container-bootfs/bootfs/chunkstore"
 	"github.com/container-bootfs/bootfs/internal/converted"
 	"github.com/container-bootfs/bootfs/internal/erofs"
 	"github.com/container-bootfs/bootfs/internal/reads"
@@ -87,7 +88,23 @@ func TestRecordedStart(t *testing.T) {
 		if !maps.Equal(files, first) {
 			t.Errorf("GOMAXPROCS=%d: another layout", procs)
 		}
-		_, img := rootOf(t, dst)
+		root, img := rootOf(t, dst)
+		if !img.Config.Recorded {
+			t.Error("the image does not say that its start was recorded")
+		}
+		for pos := range img.Locators.StartSet() {
+			c, err := img.Index.At(pos)
+			if err != nil {
+				t.Fatal(err)
+			}
+			at, err := img.Locators.At(pos)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := len(chunkstore.EncodeThoroughly(nil, root[c.Offset:c.Offset+int64(c.Size)])); at.Length != want {
+				t.Errorf("the chunk at %d has %d stored bytes, want %d", c.Offset, at.Length, want)
+			}
+		}
 		have, want := startPlaces(t, img, recordedStart)
 		if !slices.Equal(have, want) || len(have) != p.StartChunks {
 			t.Errorf("got %v, want %v; report %d", have, want, p.StartChunks)
