@@ -44,6 +44,9 @@ type Pack struct {
 	// Open reads the pack from its beginning; it may be called again. nil says
 	// that the destination has the pack already.
 	Open func() (io.ReadCloser, error)
+	// File holds the pack and nothing else, and has no name: a destination on its
+	// filesystem can give it one, and need not copy it. nil when there is none.
+	File *os.File
 	// From is the address of a place that has the pack,
 	// "registry://HOST/REPOSITORY"; "" when no such place is known. A
 	// destination in the same registry can take it from there unread.
@@ -93,7 +96,7 @@ type spool struct {
 // NewPackWriter returns a PackWriter that spools packs to unnamed files in dir
 // ("" is the system's directory for temporary files). The sink gets each pack
 // once, up to two at a time and in no particular order; its context ends
-// when another sink fails. Pack.Open works until the sink returns.
+// when another sink fails. Pack.Open and Pack.File work until the sink returns.
 func NewPackWriter(ctx context.Context, dir string, sink func(context.Context, Pack) error) *PackWriter {
 	ctx, cancel := context.WithCancelCause(ctx)
 	return &PackWriter{ctx: ctx, cancel: cancel, dir: dir, sink: sink, slots: make(chan struct{}, uploads)}
@@ -158,7 +161,7 @@ func (w *PackWriter) end() error {
 		Digest: "sha256:" + hex.EncodeToString(c.sum.Sum(nil)),
 		Size:   c.size,
 		Start:  c.start,
-	}, Number: len(w.packs)}
+	}, File: c.file, Number: len(w.packs)}
 	p.Open = func() (io.ReadCloser, error) {
 		return io.NopCloser(io.NewSectionReader(c.file, 0, c.size)), nil
 	}

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -27,7 +28,8 @@ type sink interface {
 	// encode returns the stored form of a chunk. It is called concurrently,
 	// once for each distinct chunk.
 	encode(ctx context.Context, id index.ID, plain []byte) ([]byte, error)
-	// add takes the distinct chunks in order and returns where each lies.
+	// add takes the distinct chunks in order and returns where each lies. stored
+	// is the sink's again.
 	add(id index.ID, stored []byte, start bool) (registrystore.Location, error)
 	// zeros says whether chunks of zeros are stored as well.
 	zeros() bool
@@ -171,16 +173,22 @@ type packs struct {
 	// thorough has chunks compressed as well as can be.
 	thorough bool
 	written  []written // by pack
+	// buffers are of chunks that lie in a pack by now, for those to come.
+	buffers sync.Pool
 }
 
 // written are the stored bytes in a pack, by why they were written.
 type written struct{ start, added, again int64 }
 
 func (p *packs) encode(_ context.Context, _ index.ID, plain []byte) ([]byte, error) {
-	if p.thorough {
-		return chunkstore.EncodeThoroughly(nil, plain), nil
+	var buf []byte
+	if b, ok := p.buffers.Get().(*[]byte); ok {
+		buf = *b
 	}
-	return chunkstore.Encode(nil, plain), nil
+	if p.thorough {
+		return chunkstore.EncodeThoroughly(buf, plain), nil
+	}
+	return chunkstore.Encode(buf, plain), nil
 }
 
 func (p *packs) add(id index.ID, stored []byte, start bool) (registrystore.Location, error) {
@@ -188,6 +196,8 @@ func (p *packs) add(id index.ID, stored []byte, start bool) (registrystore.Locat
 	if err != nil {
 		return at, err
 	}
+	buf := stored[:0]
+	p.buffers.Put(&buf)
 	for len(p.written) <= at.Pack {
 		p.written = append(p.written, written{})
 	}

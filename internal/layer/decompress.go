@@ -53,13 +53,22 @@ func Decompress(r io.Reader) (plain io.ReadCloser, format string, err error) {
 	return io.NopCloser(b), "", nil
 }
 
-// OpenPlain opens the plain tar of b, decompressed ahead of the reader. It
-// fails behind limit bytes, and ends with io.EOF only if the bytes are those
-// of b.DiffID. progress is told of the stored bytes read; nil = nobody asks.
+// OpenPlain opens the plain tar of b, decompressed and checked ahead of the
+// reader. It fails behind limit bytes, and ends with io.EOF only if the bytes
+// are those of b.DiffID. progress is told of the stored bytes read; nil = nobody
+// asks.
 func OpenPlain(ctx context.Context, b Blob, limit int64, progress func(stored int64)) (io.ReadCloser, error) {
-	p := &plainReader{want: b.DiffID, left: limit, limit: limit}
+	a, err := openPlain(ctx, b, limit, progress)
+	if err != nil {
+		return nil, err
+	}
+	return a, nil
+}
+
+func openPlain(ctx context.Context, b Blob, limit int64, progress func(stored int64)) (*ahead, error) {
+	c := &check{want: b.DiffID, left: limit, limit: limit}
 	if b.DiffID != "" {
-		p.sum = sha256.New()
+		c.sum = sha256.New()
 	}
 	if b.Plain != nil {
 		size := b.Size
@@ -67,8 +76,7 @@ func OpenPlain(ctx context.Context, b Blob, limit int64, progress func(stored in
 			size = math.MaxInt64
 		}
 		stored := &storedReader{ctx: ctx, r: io.NewSectionReader(b.Plain, 0, size), progress: progress}
-		p.ReadCloser = startAhead(io.NopCloser(stored), io.NopCloser(nil))
-		return p, nil
+		return startAhead(io.NopCloser(stored), io.NopCloser(nil), c), nil
 	}
 	rc, err := b.Open(ctx)
 	if err != nil {
@@ -78,32 +86,30 @@ func OpenPlain(ctx context.Context, b Blob, limit int64, progress func(stored in
 	if err != nil {
 		return nil, errors.Join(err, rc.Close())
 	}
-	p.ReadCloser = startAhead(plain, rc)
-	return p, nil
+	return startAhead(plain, rc, c), nil
 }
 
-// plainReader checks and bounds the plain bytes of a layer.
-type plainReader struct {
-	io.ReadCloser
+// check checks and bounds the plain bytes of a layer.
+type check struct {
 	want        string    // DiffID
 	sum         hash.Hash // nil = no DiffID
 	left, limit int64     // bytes
 }
 
-func (r *plainReader) Read(p []byte) (int, error) {
-	n, err := r.ReadCloser.Read(p)
-	if r.sum != nil {
-		r.sum.Write(p[:n])
+// next looks at the next bytes and at the error behind them.
+func (c *check) next(p piece) piece {
+	if c.sum != nil {
+		c.sum.Write(p.p)
 	}
-	if r.left -= int64(n); r.left < 0 {
-		return 0, fmt.Errorf("holds more than %d bytes when decompressed: refused", r.limit)
+	if c.left -= int64(len(p.p)); c.left < 0 {
+		return piece{p.p[:0], fmt.Errorf("holds more than %d bytes when decompressed: refused", c.limit)}
 	}
-	if err == io.EOF && r.sum != nil {
-		if got := fmt.Sprintf("sha256:%x", r.sum.Sum(nil)); got != r.want {
-			err = fmt.Errorf("its plain content is %s, the image's configuration says %s", got, r.want)
+	if p.err == io.EOF && c.sum != nil {
+		if got := fmt.Sprintf("sha256:%x", c.sum.Sum(nil)); got != c.want {
+			p.err = fmt.Errorf("its plain content is %s, the image's configuration says %s", got, c.want)
 		}
 	}
-	return n, err
+	return p
 }
 
 // storedReader counts the stored bytes and ends with its context.
@@ -138,9 +144,11 @@ func (n named) Read(p []byte) (int, error) {
 	return k, err
 }
 
-// ahead runs the decompressor in a goroutine of its own, so that it works
-// while the bytes before are hashed, searched and spooled.
+// ahead runs the decompressor in a goroutine of its own, and the check in
+// another, so that both work while the bytes before are searched and spooled.
+// The bytes stay where they were read to: Peek shows them there.
 type ahead struct {
+	read   chan piece // not yet checked
 	full   chan piece
 	free   chan []byte
 	stop   chan struct{}
@@ -160,60 +168,104 @@ type piece struct {
 }
 
 const (
-	aheadPieces = 3
+	aheadPieces = 4
 	aheadSize   = 256 << 10 // bytes
 )
 
-func startAhead(plain io.ReadCloser, source io.Closer) *ahead {
+func startAhead(plain io.ReadCloser, source io.Closer, c *check) *ahead {
 	a := &ahead{
-		full: make(chan piece, aheadPieces), free: make(chan []byte, aheadPieces),
+		read: make(chan piece, aheadPieces), full: make(chan piece, aheadPieces), free: make(chan []byte, aheadPieces),
 		stop: make(chan struct{}), done: make(chan struct{}),
 		plain: plain, source: source,
 	}
 	for range aheadPieces {
-		a.free <- make([]byte, aheadSize)
+		a.free <- nil
 	}
 	go func() {
 		defer close(a.done)
+		defer close(a.read)
 		for {
 			select {
 			case <-a.stop:
 				return
 			case p := <-a.free:
+				if p == nil {
+					p = make([]byte, aheadSize)
+				}
 				n, err := io.ReadFull(plain, p)
 				if err == io.ErrUnexpectedEOF && n < len(p) {
 					// ReadFull's word for the end behind n bytes; a decompressor's
 					// own unexpected end has its name around it.
 					err = io.EOF
 				}
-				a.full <- piece{p[:n], err} // never blocks: there are no more pieces than places
+				a.read <- piece{p[:n], err} // never blocks: there are no more pieces than places
 				if err != nil {
 					return
 				}
 			}
 		}
 	}()
+	go func() {
+		for p := range a.read {
+			p = c.next(p)
+			a.full <- p // never blocks either
+			if p.err != nil {
+				return
+			}
+		}
+	}()
 	return a
 }
 
-func (a *ahead) Read(p []byte) (int, error) {
+// fill waits for bytes if none are at hand.
+func (a *ahead) fill() error {
 	for len(a.rest) == 0 {
 		if a.whole != nil {
 			a.free <- a.whole[:cap(a.whole)]
 			a.whole = nil
 		}
 		if a.err != nil {
-			return 0, a.err
+			return a.err
 		}
 		next := <-a.full
 		a.whole, a.rest, a.err = next.p, next.p, next.err
+	}
+	return nil
+}
+
+func (a *ahead) Read(p []byte) (int, error) {
+	if err := a.fill(); err != nil {
+		return 0, err
 	}
 	n := copy(p, a.rest)
 	a.rest = a.rest[n:]
 	return n, nil
 }
 
-// Close stops the goroutine and closes the source. Closing the source first
+// Buffered, Peek and Discard are those of a bufio.Reader, but for Peek, which
+// shows at most what is buffered, or one byte.
+func (a *ahead) Buffered() int { return len(a.rest) }
+
+func (a *ahead) Peek(n int) ([]byte, error) {
+	if err := a.fill(); err != nil {
+		return nil, err
+	}
+	return a.rest[:n], nil
+}
+
+func (a *ahead) Discard(n int) (int, error) {
+	left := n
+	for left > 0 {
+		if err := a.fill(); err != nil {
+			return n - left, err
+		}
+		k := min(left, len(a.rest))
+		a.rest, left = a.rest[k:], left-k
+	}
+	return n, nil
+}
+
+// Close stops the goroutines and closes the source. Closing the source first
 // ends a read that waits for the network.
 func (a *ahead) Close() (err error) {
 	a.once.Do(func() {

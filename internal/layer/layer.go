@@ -14,7 +14,6 @@
 package layer
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -116,12 +115,12 @@ func Read(ctx context.Context, b Blob, o Options) (*Layer, error) {
 // read returns the layer also with an error, for Close.
 func read(ctx context.Context, b Blob, o Options) (*Layer, error) {
 	l := &Layer{name: b.Name, limits: o.Limits.withDefaults()}
-	plain, err := OpenPlain(ctx, b, l.limits.Bytes, o.Progress)
+	plain, err := openPlain(ctx, b, l.limits.Bytes, o.Progress)
 	if err != nil {
 		return l, err
 	}
 	defer plain.Close()
-	lister := lister{layer: l, tar: scanner{r: bufio.NewReaderSize(plain, 128<<10)}}
+	lister := lister{layer: l, tar: scanner{r: plain}}
 	if b.Plain != nil {
 		lister.source = b.Plain
 	} else {
@@ -266,8 +265,8 @@ func (l *lister) content(h *header) (tree.Content, error) {
 			if l.window == nil {
 				l.window = make([]byte, zeroWindow)
 			}
-			p := l.window[:min(end-s.off, zeroWindow-s.off%zeroWindow)]
-			if err := l.tar.readFull(p); err != nil {
+			p, err := l.tar.full(l.window[:min(end-s.off, zeroWindow-s.off%zeroWindow)])
+			if err != nil {
 				return tree.Content{}, err
 			}
 			from, to := trimZeros(p)

@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/binary"
 	"errors"
@@ -61,9 +60,18 @@ type header struct {
 // segment is a run of a file's bytes.
 type segment struct{ off, length int64 }
 
+// input is what a scanner reads, with the methods of a bufio.Reader. It is asked
+// to show one byte, or at most as many as it has buffered.
+type input interface {
+	io.Reader
+	Buffered() int
+	Peek(n int) ([]byte, error)
+	Discard(n int) (int, error)
+}
+
 // scanner reads the entries of a tar.
 type scanner struct {
-	r    *bufio.Reader
+	r    input
 	off  int64 // bytes of the tar taken so far
 	data int64 // bytes of the latest entry's data that are not yet taken
 	pad  int64 // bytes between that data and the next header
@@ -100,15 +108,21 @@ func (s *scanner) advance(n int) {
 	s.data -= int64(n)
 }
 
-// readFull takes the next len(p) bytes of the data.
-func (s *scanner) readFull(p []byte) error {
-	if int64(len(p)) > s.data {
-		return io.ErrUnexpectedEOF
+// full takes the next len(buf) bytes of the data. It returns them where they
+// lie, valid until the next call, or in buf.
+func (s *scanner) full(buf []byte) ([]byte, error) {
+	if int64(len(buf)) > s.data {
+		return nil, io.ErrUnexpectedEOF
 	}
-	n, err := io.ReadFull(s.r, p)
+	if s.r.Buffered() >= len(buf) {
+		p, err := s.r.Peek(len(buf))
+		s.advance(len(p))
+		return p, err
+	}
+	n, err := io.ReadFull(s.r, buf)
 	s.off += int64(n)
 	s.data -= int64(n)
-	return err
+	return buf, err
 }
 
 // block takes the next 512 bytes of the tar. io.EOF means that not one was

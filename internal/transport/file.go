@@ -112,6 +112,26 @@ func (r *replacement) commit(mode os.FileMode) error {
 	return syncDir(filepath.Dir(r.path))
 }
 
+// nameFile gives f, which has no name, that of path, where nothing is yet, as
+// commit gives a replacement its. It fails where path is on another filesystem.
+func nameFile(f *os.File, path string, mode os.FileMode) error {
+	var file, dir unix.Stat_t
+	err := errors.Join(unix.Fstat(int(f.Fd()), &file), unix.Stat(filepath.Dir(path), &dir))
+	if err == nil && file.Dev != dir.Dev {
+		err = unix.EXDEV
+	}
+	if err == nil {
+		err = errors.Join(f.Chmod(mode), f.Sync())
+	}
+	if err == nil {
+		err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
+	}
+	if err != nil {
+		return fmt.Errorf("name %s: %w", path, err)
+	}
+	return syncDir(filepath.Dir(path))
+}
+
 // abandon removes the file. It does nothing after a commit.
 func (r *replacement) abandon() {
 	if r.File.Close() == nil {

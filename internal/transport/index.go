@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"os"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/partial"
@@ -197,6 +198,9 @@ type blob struct {
 	from   string // repository of the same registry that may have it, "" for none
 	// open reads it from byte off on.
 	open func(ctx context.Context, off int64) (io.ReadCloser, error)
+	// file has no name and holds the blob, as its maker has written it; nil if
+	// there is none.
+	file *os.File
 }
 
 func bytesBlob(d v1.Hash, b []byte) blob {
@@ -313,7 +317,9 @@ func packBlob(p registrystore.Pack) (blob, error) {
 	if err != nil {
 		return blob{}, err
 	}
-	return openerBlob(d, p.Size, l.Compressed), nil
+	b := openerBlob(d, p.Size, l.Compressed)
+	b.file = p.File
+	return b, nil
 }
 
 // putPack stores a pack.

@@ -400,6 +400,11 @@ func (d *layoutDestination) put(ctx context.Context, b blob) (bool, error) {
 	if info, err := os.Lstat(path); err == nil && info.Mode().IsRegular() && info.Size() == b.size {
 		return true, nil
 	}
+	if b.file != nil && nameFile(b.file, path, 0o644) == nil {
+		d.o.progress(b.size)
+		d.wrote(path)
+		return false, nil
+	}
 	rc, err := b.open(ctx, 0)
 	if err != nil {
 		return false, err
@@ -420,10 +425,15 @@ func (d *layoutDestination) put(ctx context.Context, b blob) (bool, error) {
 	if err := f.commit(0o644); err != nil {
 		return false, err
 	}
+	d.wrote(path)
+	return false, nil
+}
+
+// wrote notes a blob for a run that fails.
+func (d *layoutDestination) wrote(path string) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.written = append(d.written, path)
-	return false, nil
 }
 
 func (d *layoutDestination) Commit(ctx context.Context, images []PlatformImage) (string, error) {
