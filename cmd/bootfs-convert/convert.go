@@ -198,11 +198,11 @@ func writtenFor(p convert.PlatformReport) string {
 
 // builtInBoot returns the boot binary that was built into this command.
 func builtInBoot(p v1.Platform) (*assembly.BootLayer, error) {
-	layer, err := bootbin.Open(bootPlatform(p))
+	layer, diffID, err := bootbin.Open(bootPlatform(p))
 	if err != nil {
 		return nil, err
 	}
-	return assembly.OpenBootLayer(layer)
+	return assembly.OpenBootLayer(layer, diffID)
 }
 
 // bootPlatform is the platform whose boot binary serves p. Variants other than

@@ -672,13 +672,18 @@ func BenchmarkNewBootLayer(b *testing.B) {
 // TestBootLayer reads a stored layer back.
 func TestBootLayer(t *testing.T) {
 	want := must(NewBootLayer(testBoot(t)))(t)
-	got := must(OpenBootLayer(want.Bytes()))(t)
+	got := must(OpenBootLayer(want.Bytes(), want.DiffID()))(t)
 	if !bytes.Equal(got.head, want.head) || got.layer.digest != want.layer.digest || got.layer.diffID != want.layer.diffID || !bytes.Equal(got.Bytes(), want.Bytes()) {
 		t.Errorf("got %s of %s, want %s of %s", got.layer.digest, got.layer.diffID, want.layer.digest, want.layer.diffID)
 	}
-	for n := range want.Bytes() {
-		if _, err := OpenBootLayer(want.Bytes()[:n]); err == nil {
+	for n := range 64 {
+		if _, err := OpenBootLayer(want.Bytes()[:n], want.DiffID()); err == nil {
 			t.Errorf("%d of %d bytes: no error", n, len(want.Bytes()))
+		}
+	}
+	for _, id := range []string{"", "sha256:", want.DiffID()[:70], "sha256:" + strings.Repeat("x", 64)} {
+		if _, err := OpenBootLayer(want.Bytes(), id); err == nil {
+			t.Errorf("DiffID %q: no error", id)
 		}
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"crypto/sha256"
 	"fmt"
-	"hash"
 	"io"
 	"maps"
 	"slices"
@@ -111,16 +110,15 @@ func packLayer(level int, write func(*tar.Writer) error) (*imageLayer, error) {
 	if err := z.Close(); err != nil {
 		return nil, err
 	}
-	return storedLayer(out.Bytes(), plain), nil
+	return storedLayer(out.Bytes(), v1.Hash{Algorithm: "sha256", Hex: fmt.Sprintf("%x", plain.Sum(nil))}), nil
 }
 
-// storedLayer is the layer that b is the stored form of. plain has seen what b
-// is when it is decompressed.
-func storedLayer(b []byte, plain hash.Hash) *imageLayer {
+// storedLayer is the layer that b is the stored form of.
+func storedLayer(b []byte, diffID v1.Hash) *imageLayer {
 	return &imageLayer{
 		compressed: b,
 		digest:     v1.Hash{Algorithm: "sha256", Hex: fmt.Sprintf("%x", sha256.Sum256(b))},
-		diffID:     v1.Hash{Algorithm: "sha256", Hex: fmt.Sprintf("%x", plain.Sum(nil))},
+		diffID:     diffID,
 	}
 }
 

@@ -3,6 +3,8 @@ package bootbin
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/sha256"
+	"fmt"
 	"io"
 	"runtime"
 	"strings"
@@ -13,17 +15,21 @@ import (
 )
 
 func TestOpen(t *testing.T) {
-	files := fstest.MapFS{"boot-linux-amd64.tar.gz": {Data: []byte("a layer")}}
+	files := fstest.MapFS{
+		"boot-linux-amd64.tar.gz": {Data: []byte("a layer")}, "boot-linux-amd64.diffid": {Data: []byte("its name")},
+		"boot-linux-arm64.tar.gz": {Data: []byte("a layer")}, // of a make that was ended
+	}
 	for _, tt := range []struct{ platform, err string }{
 		{"linux/amd64", ""},
 		{"linux/riscv64", "make build"},
+		{"linux/arm64", "make build"},
 		{"linux/mips", "linux/riscv64, linux/s390x; give another with --boot FILE"},
 		{"", "no boot binary for platform"},
 	} {
-		got, err := open(files, tt.platform)
+		got, id, err := open(files, tt.platform)
 		if tt.err == "" {
-			if err != nil || string(got) != "a layer" {
-				t.Errorf("open(%q): got %q, %v", tt.platform, got, err)
+			if err != nil || string(got) != "a layer" || id != "its name" {
+				t.Errorf("open(%q): got %q, %q, %v", tt.platform, got, id, err)
 			}
 			continue
 		}
@@ -37,7 +43,7 @@ func TestOpen(t *testing.T) {
 // machine first.
 func TestEmbedded(t *testing.T) {
 	platform := "linux/" + runtime.GOARCH
-	layer, err := Open(platform)
+	layer, diffID, err := Open(platform)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -45,8 +51,15 @@ func TestEmbedded(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	plain, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := fmt.Sprintf("sha256:%x", sha256.Sum256(plain)); got != diffID {
+		t.Errorf("the layer of the boot binary for %s: its DiffID is %s, written down is %s", platform, got, diffID)
+	}
 	var bin []byte
-	for r := tar.NewReader(z); ; {
+	for r := tar.NewReader(bytes.NewReader(plain)); ; {
 		h, err := r.Next()
 		if err == io.EOF {
 			break

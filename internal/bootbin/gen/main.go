@@ -50,7 +50,7 @@ func generate(platform string) error {
 		return fmt.Errorf("unknown platform, want one of %s", strings.Join(bootbin.Platforms, ", "))
 	}
 	// The go command leaves a binary that is up to date as it is.
-	bin := filepath.Join("bin", strings.TrimSuffix(bootbin.FileName(platform), bootbin.Suffix))
+	bin := filepath.Join("bin", bootbin.FileName(platform))
 	goos, goarch, _ := strings.Cut(platform, "/")
 	link := "-s -w"
 	if goarch == "amd64" {
@@ -76,16 +76,27 @@ func generate(platform string) error {
 	if err != nil {
 		return err
 	}
-	packed := layer.Bytes()
 	path := filepath.Join("internal", "bootbin", bootbin.FileName(platform))
-	// An unchanged file is left alone: what embeds it is not linked anew.
-	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, packed) {
-		return nil
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	packed := layer.Bytes()
+	written, err := write(path+bootbin.LayerSuffix, packed)
+	if err != nil {
 		return err
 	}
-	fmt.Printf("%-14s boot binary: %5.1f MiB, %4.1f MiB compressed\n", platform, mib(plain), mib(packed))
-	return os.WriteFile(path, packed, 0o644)
+	if written {
+		fmt.Printf("%-14s boot binary: %5.1f MiB, %4.1f MiB compressed\n", platform, mib(plain), mib(packed))
+	}
+	_, err = write(path+bootbin.DiffIDSuffix, []byte(layer.DiffID()))
+	return err
+}
+
+// write leaves an unchanged file alone: what embeds it is not linked anew.
+func write(path string, b []byte) (written bool, err error) {
+	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, b) {
+		return false, nil
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, err
+	}
+	return true, os.WriteFile(path, b, 0o644)
 }
 
 func mib(b []byte) float64 { return float64(len(b)) / (1 << 20) }
