@@ -162,8 +162,10 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 	}
 	// Directories that boot makes are root's, not of the app's group, unless the
 	// container lacks SETGID, which nothing else needs.
-	if err := syscall.Setresgid(0, 0, 0); err != nil && !errors.Is(err, fs.ErrPermission) {
-		return 0, fmt.Errorf("become group 0: %w", err)
+	if real, effective, saved := unix.Getresgid(); real|effective|saved != 0 {
+		if err := syscall.Setresgid(0, 0, 0); err != nil && !errors.Is(err, fs.ErrPermission) {
+			return 0, fmt.Errorf("become group 0: %w", err)
+		}
 	}
 	content, err := openContent(config, settings, out)
 	if err != nil {
@@ -204,6 +206,7 @@ func lead(c *caller, config *bootimage.Config, meeting *meeting, out *console) (
 // nothing has changed.
 func leadMounted(c *caller, settings *settings, content *content, meeting *meeting, report *reporter, signals chan os.Signal, out *console) (int, error) {
 	content.openFetcher(true)
+	content.makeStartReady()
 	report.opened(content)
 	cutOff := time.AfterFunc(cutOffAfter, content.warnIfCutOff)
 	status, err := untilStopped(signals, out.log, func(ctx context.Context) error { return content.initVolumes(ctx, out) })
@@ -241,6 +244,7 @@ func leadMounted(c *caller, settings *settings, content *content, meeting *meeti
 	}
 	content.started()
 	go content.endStart()
+	time.AfterFunc(programStarts, content.memory.collect)
 	report.became(stateRunning)
 	word := byte(wordReady)
 	if content.s3Variables {

@@ -302,6 +302,14 @@ func (c *content) serve(dir string) error {
 	return err
 }
 
+// makeStartReady has what a start reads decoded while the root is made, as far as it
+// is in the cache.
+func (c *content) makeStartReady() {
+	if c.locators != nil {
+		go c.image.MakeReady(c.locators.StartSet())
+	}
+}
+
 func (c *content) prefetchStart(ctx context.Context) error {
 	if c.locators == nil {
 		return nil

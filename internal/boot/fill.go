@@ -30,6 +30,7 @@ func isFilled(config *bootimage.Config) bool {
 // leadFilled fills the root and becomes the caller's program. It returns
 // only if it cannot, or if a signal ends the container meanwhile.
 func leadFilled(c *caller, content *content, report *reporter, unserve func(), signals <-chan os.Signal, out *console) (int, error) {
+	content.memory.collect()
 	content.openFetcher(false)
 	report.opened(content)
 	content.warnOfHiddenChanges()

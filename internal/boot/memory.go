@@ -5,6 +5,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -34,10 +35,18 @@ type memory struct {
 // made for its heap and not for boot's.
 func ownMemory() memory {
 	m := memoryOf(memoryLimit())
-	debug.SetGCPercent(100)
+	debug.SetGCPercent(-1)
 	debug.SetMemoryLimit(m.goal)
 	return m
 }
+
+// programStarts is how long the collector leaves a program alone that begins, and
+// reads what was decoded for it.
+const programStarts = time.Second
+
+// collect has the collector work as usual. Until then, which is while the root is
+// made, it only keeps to the goal.
+func (m memory) collect() { debug.SetGCPercent(100) }
 
 // memoryOf is what boot uses in a container that may use limit bytes.
 func memoryOf(limit int64) memory {

@@ -37,16 +37,17 @@ func (m mode) String() string {
 // modeAuto could not have that. Nothing is changed to find out.
 func choose(s *settings, c *bootimage.Config) (m mode, why string, err error) {
 	lacks := fuseLacks(s)
+	if s.mode != modeFill && len(lacks) == 0 {
+		return modeFuse, "", nil
+	}
 	noFill := fillRefusal(s, c)
 	switch {
-	case s.mode == modeFuse && len(lacks) > 0:
+	case s.mode == modeFuse:
 		return 0, "", fmt.Errorf("the root cannot be mounted: add %s to %s", strings.Join(lacks, " "), engineRun())
 	case s.mode == modeFill && noFill != nil:
 		return 0, "", noFill
 	case s.mode == modeFill:
 		return modeFill, "", nil
-	case len(lacks) == 0:
-		return modeFuse, "", nil
 	case noFill != nil:
 		return 0, "", fmt.Errorf("%w, or add %s to mount it", noFill, strings.Join(lacks, " "))
 	}

@@ -198,3 +198,32 @@ func TestReadFileGivenUp(t *testing.T) {
 		}
 	})
 }
+
+// TestMakeReady decodes what is about to be read, and a set that is too large not.
+func TestMakeReady(t *testing.T) {
+	const n = 100
+	for name, tt := range map[string]struct{ near, ask, want int }{
+		"all are in the cache":         {n, 16, 16},
+		"some are in the cache":        {5, 16, 5},
+		"none is in the cache":         {0, 16, 0},
+		"more than half of the memory": {n, 17, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m, f, _ := aheadImage(t, n)
+				m.recent.limit = 32 * aheadChunk
+				for i := range tt.near {
+					c, _ := m.x.At(i)
+					f.near[c.ID] = true
+				}
+				m.MakeReady(upTo(tt.ask))
+				synctest.Wait()
+				time.Sleep(time.Second)
+				if got := m.Stats().Chunks; got != tt.want || int(f.fetched.Load()) != tt.want {
+					t.Errorf("got %d chunks in memory, %d fetched, want %d", got, f.fetched.Load(), tt.want)
+				}
+				m.idle(t)
+			})
+		})
+	}
+}

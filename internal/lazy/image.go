@@ -414,7 +414,7 @@ func (m *Image) fetch(ctx context.Context, g *group) {
 	// The error of a batch may be that of another chunk. What it has not brought
 	// is fetched one by one, so that each reader gets its own chunk's answer.
 	for _, f := range g.flights {
-		if f.landed() || m.abandon(f, failed) {
+		if f.landed() || len(g.flights) > 1 && m.abandon(f, failed) {
 			continue
 		}
 		plain, err := m.f.Fetch(ctx, f.chunk, nil)

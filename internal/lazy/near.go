@@ -2,6 +2,7 @@ package lazy
 
 import (
 	"context"
+	"iter"
 
 	"github.com/container-bootfs/bootfs/index"
 )
@@ -88,11 +89,36 @@ func (m *Image) runOf(first int) *run {
 	return nil
 }
 
-// makeReady has those of cs that the cache has in memory soon.
-func (m *Image) makeReady(cs []index.Chunk) {
+// MakeReady decodes chunks at positions of the index that are about to be read, where
+// the cache has them: all, or none if they are more than half of what is kept in
+// memory. It takes one after the other, as who calls it has work for the other core,
+// and returns when they are there.
+func (m *Image) MakeReady(positions iter.Seq[int]) {
+	var cs []index.Chunk
+	size := 0
+	for i := range positions {
+		c, err := m.x.At(i)
+		if err != nil {
+			continue // who reads it is told
+		}
+		if size += c.Size; size > m.recent.limit/2 {
+			return
+		}
+		cs = append(cs, c)
+	}
+	for i := range cs {
+		for _, f := range m.makeReady(cs[i : i+1]) {
+			<-f.done
+		}
+	}
+}
+
+// makeReady has those of cs that the cache has in memory soon, and returns their
+// flights.
+func (m *Image) makeReady(cs []index.Chunk) []*flight {
 	here, ok := m.f.(cached)
 	if !ok {
-		return
+		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), aheadTime)
 	defer cancel()
@@ -109,4 +135,5 @@ func (m *Image) makeReady(cs []index.Chunk) {
 	if len(g.flights) > 0 {
 		m.start(ctx, g)
 	}
+	return g.flights
 }
