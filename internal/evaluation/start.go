@@ -252,8 +252,12 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 	}
 }
 
-// ctrFlags are what ctr run needs for a mounted root.
-var ctrFlags = []string{"--device", "/dev/fuse", "--cap-add", "CAP_SYS_ADMIN"}
+// ctrFlags are what ctr run needs for a mounted root, and for what Docker makes a
+// volume.
+var ctrFlags = []string{
+	"--device", "/dev/fuse", "--cap-add", "CAP_SYS_ADMIN", "--allow-new-privs",
+	"--mount", "type=bind,src=DIR,dst=/.bootfs/rw,options=rbind:rw",
+}
 
 // recorded converts an image with the start set that a start of it is seen to
 // read, and returns its address and the stored bytes of that start set: of the
@@ -437,7 +441,9 @@ func (w *World) startStargz(ctx context.Context, speed faultproxy.Speed, a appli
 }
 
 // inContainerd pulls an image with a command and runs it, on a containerd of its
-// own. The output goes through a FIFO: ctr loses what a program prints now and then.
+// own; DIR in a flag is an empty directory. ctr looks for the user in the image, by
+// the mounts that the snapshotter has on that machine. The output goes through a
+// FIFO: ctr loses what a program prints now and then.
 func (w *World) inContainerd(ctx context.Context, speed faultproxy.Speed, ref string, pull []string, flags ...string) (m Measured, err error) {
 	c, dir, err := w.stargzNode(ctx)
 	if err != nil {
@@ -449,11 +455,19 @@ func (w *World) inContainerd(ctx context.Context, speed faultproxy.Speed, ref st
 	if err := shell(ctx, `mkfifo "$1"; chmod 666 "$1"`, log); err != nil {
 		return m, err
 	}
-	run := slices.Concat([]string{"run", "--net-host"}, flags, []string{"--log-uri", "file://" + log, ref, container})
+	empty := dir + "/volume"
+	if err := os.Mkdir(empty, 0o755); err != nil {
+		return m, err
+	}
+	run := []string{"run", "--net-host"}
+	for _, f := range flags {
+		run = append(run, strings.ReplaceAll(f, "DIR", empty))
+	}
+	run = append(run, "--log-uri", "file://"+log, ref, container)
 	return w.overLine(ctx, speed, func() error {
 		if _, err := output(c.Inside(ctx, pull[0], append(pull[1:], "--plain-http", ref)...)); err != nil {
 			return err
 		}
-		return untilUseful(ctx, c.Command(ctx, run...), log)
+		return untilUseful(ctx, c.Inside(ctx, "ctr", run...), log)
 	})
 }
