@@ -128,14 +128,29 @@ func (l *lines) event(e convert.Event) {
 	case now.Sub(l.last) < l.every:
 		return
 	case e.Total > 0:
-		fmt.Fprintf(l.w, "%s: %s of %s\n", name, scratch.Bytes(e.Done), scratch.Bytes(e.Total))
+		fmt.Fprintf(l.w, "%s: %s of %s%s\n", name, scratch.Bytes(e.Done), scratch.Bytes(e.Total), pace(e, now.Sub(began)))
 	default:
-		fmt.Fprintf(l.w, "%s: %s\n", name, scratch.Bytes(e.Done))
+		fmt.Fprintf(l.w, "%s: %s%s\n", name, scratch.Bytes(e.Done), pace(e, now.Sub(began)))
 	}
 	l.last = now
 }
 
 func (l *lines) close() {}
+
+// pace says how fast a phase went that has taken this long, and how long the rest
+// of it will take at that rate, where there is an end to be seen.
+func pace(e convert.Event, took time.Duration) string {
+	if e.Done <= 0 || took <= 0 {
+		return ""
+	}
+	rate := float64(e.Done) / took.Seconds()
+	s := fmt.Sprintf(", %s/s", scratch.Bytes(int64(rate)))
+	if e.Done < e.Total {
+		left := time.Duration(float64(e.Total-e.Done) / rate * float64(time.Second))
+		s += fmt.Sprintf(", %s left", left.Round(time.Second))
+	}
+	return s
+}
 
 // bars is the display on a terminal.
 type bars struct {
@@ -157,12 +172,16 @@ func (b *bars) event(e convert.Event) {
 		// Without a total there is a count and no bar.
 		var filler mpb.BarFillerBuilder = mpb.BarStyle()
 		count := decor.CountersKiloByte("% .1f / % .1f", decor.WCSyncSpace)
+		behind := []decor.Decorator{decor.AverageSpeed(decor.SizeB1000(0), "% .0f", decor.WCSyncSpace)}
 		if e.Total <= 0 {
 			filler, count = mpb.NopStyle(), decor.CurrentKiloByte("% .1f", decor.WCSyncSpace)
+		} else {
+			left := decor.AverageETA(decor.ET_STYLE_GO, decor.WCSyncSpace)
+			behind = append(behind, decor.OnComplete(left, ""), decor.OnComplete(decor.Name(" left"), ""))
 		}
 		bar = b.p.New(e.Total, filler,
 			mpb.PrependDecorators(decor.Name(name, decor.WCSyncSpaceR), count),
-			mpb.AppendDecorators(decor.AverageSpeed(decor.SizeB1000(0), "% .0f", decor.WCSyncSpace)))
+			mpb.AppendDecorators(behind...))
 		b.bars[name] = bar
 	}
 	if e.Done > bar.Current() {
