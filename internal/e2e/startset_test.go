@@ -214,8 +214,46 @@ func TestStartSet(t *testing.T) {
 			if moved*100 > want*115 {
 				t.Errorf("moved %d bytes, want at most 1.15 times the %d of the chunks that are read", moved, want)
 			}
+			if base == "none" {
+				wantReadAhead(t, image)
+			}
 		})
 	}
+}
+
+// wantReadAhead starts an image with a recorded start set, and wants the kernel to
+// read ahead little in it and later as much as elsewhere.
+func wantReadAhead(t *testing.T, image string) {
+	t.Helper()
+	// The mount of the image has no path. It is what was not there before.
+	of := func() map[string]string {
+		files, err := filepath.Glob("/sys/class/bdi/0:*/read_ahead_kb")
+		if err != nil {
+			t.Fatal(err)
+		}
+		all := make(map[string]string)
+		for _, f := range files {
+			if b, err := os.ReadFile(f); err == nil { // others come and go
+				all[f] = strings.TrimSpace(string(b))
+			}
+		}
+		return all
+	}
+	before := of()
+	start(t, image, "sleep", "600")
+	var little []string
+	eventually(t, "the kernel reads 32 KiB ahead", func() bool {
+		for f, kib := range of() {
+			if before[f] == "" && kib == "32" {
+				little = append(little, f)
+			}
+		}
+		return len(little) > 0
+	})
+	eventually(t, "the kernel reads 128 KiB ahead", func() bool {
+		now := of()
+		return slices.ContainsFunc(little, func(f string) bool { return now[f] == "128" })
+	})
 }
 
 // TestProfileUntilReady records programs that go on when they are ready, and some
