@@ -97,7 +97,7 @@ func TestLines(t *testing.T) {
 	l.event(u)
 	e.Done, e.End = 4000, true
 	l.event(e)
-	want := regexp.MustCompile(`^chunks linux/amd64: 2\.0 kB of 4\.0 kB\nupload: 70 B\nchunks linux/amd64: 4\.0 kB in 0\.\d s\n$`)
+	want := regexp.MustCompile(`^chunks linux/amd64: 2\.0 kB of 4\.0 kB, \S+ \S+/s, \d+s left\nupload: 70 B, \S+ \S+/s\nchunks linux/amd64: 4\.0 kB in 0\.\d s\n$`)
 	if !want.MatchString(b.String()) {
 		t.Errorf("got %q", b.String())
 	}
