@@ -203,7 +203,7 @@ func (w *World) startRow(section string, speed faultproxy.Speed, a application) 
 	lazy := "docker run " + strings.Join(lazyFlags, " ")
 	none := append(slices.Clone(lazyFlags), "--env", "BOOTFS_PREFETCH=none")
 	var goals []Goal
-	goals = append(goals, Goal{1.3, "limit"})
+	goals = append(goals, Goal{1.3, "limit"}, Goal{1, "stargz"})
 	if section == "start-100mbit" && !a.small {
 		goals = append(goals, Goal{0.2, "docker pull, run"})
 	}
