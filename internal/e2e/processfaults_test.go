@@ -253,34 +253,8 @@ var processFaults = []processFault{
 	{name: "SIGSTOP of boot for 2 s", must: "data", happen: afterSignal(unix.SIGSTOP, 2*time.Second, bootPID), start: fine, read: fine, prefetch: all},
 	{name: "SIGKILL of the program", must: "the container ends at once, the next start is good", happen: afterSignal(unix.SIGKILL, 0, appPID), start: ends, read: ends, prefetch: ends},
 	{name: "SIGSTOP of the program for 2 s", must: "data", happen: afterSignal(unix.SIGSTOP, 2*time.Second, appPID), start: fine, read: fine, prefetch: all},
-	{name: "boot has no descriptor left for 2 s, and loses its connections", must: "data", happen: withoutDescriptors, start: fine, read: fine, prefetch: all},
 	{name: "a process of the program meets the memory limit", must: "data", flags: []string{"--memory", "96m", "--memory-swap", "96m"},
 		happen: meetLimit, start: fine, read: fine, prefetch: all},
-}
-
-// withoutDescriptors lets boot open nothing more for 2 s.
-func withoutDescriptors(t *testing.T, n *network, ids []string) {
-	for _, id := range ids {
-		pid := pidOf(t, id)
-		var old unix.Rlimit
-		// The hard limit stays: not everybody may raise it again.
-		if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, nil, &old); err != nil {
-			t.Fatal(err)
-		}
-		if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 3, Max: old.Max}, nil); err != nil {
-			t.Fatal(err)
-		}
-		defer func() {
-			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &old, nil); err != nil {
-				t.Error(err)
-			}
-		}()
-	}
-	if err := n.line.Refuse(true); err != nil {
-		t.Error(err)
-	}
-	eventually(t, "the address is free", func() bool { return n.line.Refuse(false) == nil })
-	time.Sleep(2 * time.Second)
 }
 
 // meetLimit has a process in each container take all memory that this may have, and
