@@ -189,20 +189,31 @@ func (w *World) memoryRow() Row {
 				if err != nil {
 					return m, err
 				}
-				status, err := os.ReadFile("/proc/" + strings.TrimSpace(pid) + "/status")
+				n, err := strconv.Atoi(strings.TrimSpace(pid))
 				if err != nil {
 					return m, err
 				}
-				for line := range strings.Lines(string(status)) {
-					if value, ok := strings.CutPrefix(line, "RssAnon:"); ok {
-						kib, err := strconv.ParseFloat(strings.Fields(value)[0], 64)
-						return Measured{Value: kib / 1024}, err
-					}
-				}
-				return m, fmt.Errorf("/proc has no RssAnon for process %s", pid)
+				m.Value, err = statusMiB(n, "RssAnon")
+				return m, err
 			},
 		}},
 	}
+}
+
+// statusMiB returns an amount of memory that the kernel knows of a process, in MiB.
+func statusMiB(pid int, name string) (float64, error) {
+	file := fmt.Sprintf("/proc/%d/status", pid)
+	status, err := os.ReadFile(file)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(status)) {
+		if value, ok := strings.CutPrefix(line, name+":"); ok {
+			kib, err := strconv.ParseFloat(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 64)
+			return kib / 1024, err
+		}
+	}
+	return 0, fmt.Errorf("%s has no %s", file, name)
 }
 
 // text makes bytes that zstd makes 2.5 times shorter or so.

@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	chunkers "github.com/PlakarKorp/go-cdc-chunkers"
@@ -92,11 +91,12 @@ func conversionRows(w *World) []Row {
 				}
 				base = "oci:" + dir + "/out"
 			}
-			cmd := exec.CommandContext(ctx, w.convert, "-q", "--base", base, source(), "oci:"+dir+"/out")
-			m, err := timed(func() error { _, err := output(cmd); return err })
-			if err == nil {
-				m.Also = map[string]float64{"MiB resident": float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss) / 1024}
-			}
+			var resident float64
+			m, err := timed(func() (err error) {
+				resident, err = peak(exec.CommandContext(ctx, w.convert, "-q", "--base", base, source(), "oci:"+dir+"/out"))
+				return err
+			})
+			m.Also = map[string]float64{"MiB resident": resident}
 			return m, err
 		}
 	}
@@ -148,6 +148,31 @@ func conversionRows(w *World) []Row {
 		},
 	}
 	return append(rows, w.chunkerRow())
+}
+
+// peak runs a command and returns how much memory it has had, in MiB. What the kernel
+// says when a process has ended counts that of its parent, too, in which it began.
+func peak(cmd *exec.Cmd) (mib float64, err error) {
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	for {
+		select {
+		case err := <-ended:
+			if err != nil {
+				err = fmt.Errorf("%s: %w\n%s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(stderr.String()))
+			}
+			return mib, err
+		case <-time.After(20 * time.Millisecond):
+			if now, err := statusMiB(cmd.Process.Pid, "VmHWM"); err == nil { // else it has just ended
+				mib = now
+			}
+		}
+	}
 }
 
 // chunkerBytes is how much of a tree the chunkers cut, in memory.
