@@ -19,7 +19,7 @@ func machine(ctx context.Context) (Machine, error) {
 	if err := unix.Uname(&uts); err != nil {
 		return m, err
 	}
-	m.Kernel = unix.ByteSliceToString(uts.Release[:])
+	m.Kernel, _, _ = strings.Cut(unix.ByteSliceToString(uts.Release[:]), "-") // what follows is the builder's
 	var info unix.Sysinfo_t
 	if err := unix.Sysinfo(&info); err != nil {
 		return m, err

@@ -6,6 +6,8 @@ import (
 	"image/color"
 	"math"
 	"slices"
+	"strconv"
+	"strings"
 
 	"gonum.org/v1/plot"
 	"gonum.org/v1/plot/plotter"
@@ -32,11 +34,12 @@ func drawPlot(s Section, rows []*Result) ([]byte, error) {
 		p.Y.Label.Text = "ratio"
 	}
 	p.Y.Min = 0
-	p.Legend.Top = true
+	// Texts of the legend go to the right, where a wider font than the plotter's has room.
+	p.Legend.Top, p.Legend.Left, p.Legend.XOffs = true, true, plotWidth*7/10
 	var names, subjects []string
 	most := 1 // subjects of a row
 	for _, row := range rows {
-		names = append(names, row.Name)
+		names = append(names, inLines(row.Name))
 		most = max(most, len(row.Subjects))
 	}
 	p.NominalX(names...)
@@ -91,12 +94,40 @@ func drawPlot(s Section, rows []*Result) ([]byte, error) {
 	if p.Y.Max <= p.Y.Min || math.IsInf(p.Y.Max, 0) {
 		return nil, errors.New("section " + s.Key + " has nothing to plot")
 	}
-	p.Y.Max *= 1.25 // room for the legend
+	p.Y.Max *= 1.4 // room for the legend
+	p.Y.Tick.Marker = plot.TickerFunc(ticks)
 	canvas := vgsvg.New(plotWidth, plotWidth*3/7)
 	p.Draw(draw.New(canvas))
 	var b bytes.Buffer
 	_, err := canvas.WriteTo(&b)
 	return b.Bytes(), err
+}
+
+// inLines breaks a name that is too long to stand beside its neighbours.
+func inLines(name string) string {
+	switch {
+	case len(name) <= 12:
+		return name
+	case strings.Contains(name, ", "):
+		return strings.Replace(name, ", ", ",\n", 1)
+	default:
+		return strings.Replace(name, " ", "\n", 1)
+	}
+}
+
+// ticks are at most ten, at round numbers.
+func ticks(least, most float64) (marks []plot.Tick) {
+	step := math.Pow(10, math.Floor(math.Log10(most-least)))
+	for _, part := range []float64{10, 5, 2} {
+		if (most-least)*part/step <= 10 {
+			step /= part
+			break
+		}
+	}
+	for v := least; v <= most; v += step {
+		marks = append(marks, plot.Tick{Value: v, Label: strconv.FormatFloat(v, 'g', 3, 64)})
+	}
+	return marks
 }
 
 // shifted are error bars beside their place, where the bar of a group stands.
